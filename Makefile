@@ -1,0 +1,25 @@
+PYTHON ?= python3
+SETUP = $(PYTHON) tools/setup_env.py
+SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/include/xaifast/*.h)
+
+.PHONY: setup demo test lint wheel clean
+
+setup:
+	@$(SETUP) > /dev/null
+
+demo:
+	@python=$$($(SETUP) demo) && "$$python" examples/demo.py
+
+lint:
+	@python=$$($(SETUP) test) && "$$python" -m ruff check . \
+	  && "$${python%/*}/clang-format" --dry-run --Werror $(SOURCES)
+
+# The Triton interpreter is chosen when kernels are first imported, so its tests have a process of their own.
+test: lint
+	@python=$$($(SETUP) test) && "$$python" -m pytest && TRITON_INTERPRET=1 "$$python" -m pytest tests/triton
+
+wheel:
+	@python=$$($(SETUP)) && "$$python" -m pip install --quiet build && "$$python" -m build
+
+clean:
+	rm -rf build dist

@@ -1,0 +1,239 @@
+#include "xaifast/coalitions.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "random_stream.h"
+
+// Equal, bit for bit, to xaifast/reference/coalitions.py, which explains the steps; doubles are added in its order.
+namespace xaifast {
+namespace {
+
+constexpr int64_t kMaxPlayers = 4096;
+constexpr int64_t kSaturated = int64_t{1} << 62;  // a class of so many coalitions or more is never exhausted
+constexpr int64_t kRanked = int64_t{1} << 31;     // classes up to this size are drawn by rank
+
+struct SizeClass {
+  int64_t k;
+  int64_t capacity;  // pairs there are
+  double law;
+  double expected;  // pairs
+  int64_t drawn;    // pairs
+};
+
+// C(n, k) as far as it is below 2^63, else anything not below.
+unsigned __int128 next_binomial(unsigned __int128 previous /* C(n, k - 1) */, int64_t n, int64_t k) {
+  return previous >> 63 ? previous : previous * static_cast<uint64_t>(n - k + 1) / static_cast<uint64_t>(k);
+}
+
+std::vector<SizeClass> size_classes(int64_t n_players, int64_t n_pairs, Design design, uint64_t seed) {
+  std::vector<SizeClass> classes;
+  unsigned __int128 binomial = 1;
+  for (int64_t k = 1; k <= n_players / 2; ++k) {
+    binomial = next_binomial(binomial, n_players, k);
+    const bool middle = 2 * k == n_players;
+    const auto capacity = std::min<unsigned __int128>(binomial >> middle, kSaturated);
+    double law = middle ? 0.5 : 1.0;
+    if (design == Design::kKernel) law /= static_cast<double>(k * (n_players - k));
+    classes.push_back({k, static_cast<int64_t>(capacity), law, -1.0, 0});
+  }
+
+  std::vector<SizeClass*> open;
+  for (SizeClass& size : classes) open.push_back(&size);
+  int64_t left = n_pairs;
+  double level = 0.0;
+  while (!open.empty()) {
+    double total = 0.0;
+    for (const SizeClass* size : open) total += size->law;
+    level = static_cast<double>(left) / total;
+    std::vector<SizeClass*> still_open;
+    for (SizeClass* size : open) {
+      if (static_cast<double>(size->capacity) <= level * size->law + 1e-6) {
+        size->expected = static_cast<double>(size->capacity);
+        size->drawn = size->capacity;
+        left -= size->capacity;
+      } else {
+        still_open.push_back(size);
+      }
+    }
+    if (still_open.size() == open.size()) break;
+    open.swap(still_open);
+  }
+
+  const double uniform = Stream(seed, 0, Domain::kRounding).unit();
+  double sum_before = 0.0;
+  for (SizeClass* size : open) {
+    size->expected = level * size->law;
+    const double sum_here = size == open.back() ? static_cast<double>(left) : sum_before + size->expected;
+    size->drawn = static_cast<int64_t>(std::floor(sum_here + uniform) - std::floor(sum_before + uniform));
+    sum_before = sum_here;
+  }
+  return classes;
+}
+
+void add_player(int64_t* bits, int64_t player) {
+  bits[player >> 6] = static_cast<int64_t>(static_cast<uint64_t>(bits[player >> 6]) | uint64_t{1} << (player & 63));
+}
+
+// Adds to `bits` the k-subset of n players that has this rank in lexicographic order; C(n, k) <= 2^31.
+void add_ranked(int64_t* bits, int64_t first_player, int64_t n, int64_t k, int64_t rank) {
+  if (k == 0) return;
+  int64_t starting_here = 1;  // C(n - 1, k - 1): subsets whose least member is the first player left
+  for (int64_t i = 1; i < k; ++i) starting_here = starting_here * (n - i) / i;
+  for (int64_t rest = n - 1, player = first_player; k > 0; ++player, --rest) {
+    if (rank < starting_here) {
+      add_player(bits, player);
+      --k;
+      if (k > 0) starting_here = starting_here * k / rest;
+    } else {
+      rank -= starting_here;
+      starting_here = starting_here * (rest - (k - 1)) / rest;
+    }
+  }
+}
+
+// Adds k distinct members of n players by Floyd's method; `bits` holds none of them yet.
+void add_random(int64_t* bits, int64_t first_player, int64_t n, int64_t k, Stream stream) {
+  for (int64_t j = n - k; j < n; ++j) {
+    const int64_t t = first_player + static_cast<int64_t>(stream.below(j + 1));
+    const bool taken = (static_cast<uint64_t>(bits[t >> 6]) >> (t & 63)) & 1;
+    add_player(bits, taken ? first_player + j : t);
+  }
+}
+
+std::vector<int64_t> random_ranks(int64_t capacity, int64_t count, Stream stream) {
+  std::vector<int64_t> ranks;
+  std::unordered_set<int64_t> taken;
+  for (int64_t j = capacity - count; j < capacity; ++j) {
+    const int64_t t = static_cast<int64_t>(stream.below(j + 1));
+    ranks.push_back(taken.insert(t).second ? t : j);
+    taken.insert(ranks.back());
+  }
+  return ranks;
+}
+
+class Sampler {
+ public:
+  Sampler(int64_t n_players, int64_t n_samples, uint64_t seed, uint64_t block, int64_t* bits, double* weights)
+      : m_(n_players),
+        words_((n_players + 63) / 64),
+        n_pairs_((n_samples - 2) / 2),
+        seed_(seed),
+        block_(block),
+        bits_(bits),
+        weights_(weights) {
+    std::fill(bits_, bits_ + n_samples * words_, 0);
+    for (int64_t player = 0; player < m_; ++player) add_player(bits_, player);
+    weights_[0] = weights_[1] = std::numeric_limits<double>::infinity();
+  }
+
+  void by_size(Design design) {
+    const std::vector<SizeClass> classes = size_classes(m_, n_pairs_, design, seed_);
+    std::vector<double> raw;
+    double total = 0.0;
+    for (const SizeClass& size : classes) {
+      const double mass = 2 * size.k == m_ ? 0.5 : 1.0;
+      raw.push_back(mass / (static_cast<double>(size.k * (m_ - size.k)) * size.expected));
+      total += static_cast<double>(size.drawn) * raw.back();
+    }
+    const double scale = static_cast<double>(n_pairs_) / total;
+    int64_t pair = 0;
+    for (size_t i = 0; i < classes.size(); ++i) {
+      draw_class(classes[i], pair);
+      for (const int64_t end = pair + classes[i].drawn; pair < end; ++pair) finish_pair(pair, raw[i] * scale);
+    }
+  }
+
+  void by_chains() {
+    const int64_t steps = m_ - 1;
+    std::vector<int64_t> sizes;
+    for (int64_t j = 0; j < std::min(n_pairs_, steps); ++j) {
+      sizes.push_back(n_pairs_ < steps ? 1 + (2 * j + 1) * steps / (2 * n_pairs_) : j + 1);
+    }
+    std::vector<int64_t> order(m_);
+    int64_t pair = 0;
+    for (int64_t chain = 0; pair < n_pairs_; ++chain) {
+      Stream stream(seed_, block_, Domain::kChains, static_cast<uint32_t>(chain));
+      std::iota(order.begin(), order.end(), 0);
+      for (int64_t i = m_ - 1; i > 0; --i) std::swap(order[i], order[stream.below(i + 1)]);
+      for (const int64_t size : sizes) {
+        for (int64_t i = 0; i < size; ++i) add_player(row(pair), order[i]);
+        finish_pair(pair++, 1.0);
+      }
+    }
+  }
+
+ private:
+  int64_t* row(int64_t pair) { return bits_ + (2 + 2 * pair) * words_; }
+
+  // Draws the subsets T of one class into the rows of pairs first_pair...
+  void draw_class(const SizeClass& size, int64_t first_pair) {
+    const int64_t fixed = 2 * size.k == m_;  // in the middle class player 0 is in T
+    const int64_t n = m_ - fixed, k = size.k - fixed;
+    const bool complete = size.drawn == size.capacity;
+    const bool ranked = complete || size.capacity <= kRanked;
+    std::vector<int64_t> ranks;
+    if (ranked && !complete) {
+      const Stream stream(seed_, block_, Domain::kRanks, static_cast<uint32_t>(size.k));
+      ranks = random_ranks(size.capacity, size.drawn, stream);
+    }
+    std::unordered_set<std::string> seen;
+    for (int64_t i = 0; i < size.drawn; ++i) {
+      int64_t* bits = row(first_pair + i);
+      if (fixed) add_player(bits, 0);
+      if (ranked) {
+        add_ranked(bits, fixed, n, k, complete ? i : ranks[i]);
+        continue;
+      }
+      const uint32_t pair = static_cast<uint32_t>(first_pair + i);
+      for (uint32_t attempt = 0;; ++attempt) {
+        add_random(bits, fixed, n, k, Stream(seed_, block_, Domain::kSubsets, pair, attempt));
+        if (seen.emplace(reinterpret_cast<const char*>(bits), words_ * sizeof(int64_t)).second) break;
+        std::fill(bits, bits + words_, 0);
+        if (fixed) add_player(bits, 0);
+      }
+    }
+  }
+
+  void finish_pair(int64_t pair, double weight) {
+    int64_t* bits = row(pair);
+    for (int64_t w = 0; w < words_; ++w) bits[words_ + w] = bits_[w] & ~bits[w];
+    weights_[2 + 2 * pair] = weights_[3 + 2 * pair] = weight;
+  }
+
+  int64_t m_, words_, n_pairs_;
+  uint64_t seed_, block_;
+  int64_t* bits_;
+  double* weights_;
+};
+
+}  // namespace
+
+const char* sample_coalitions(int64_t n_players, int64_t n_samples, Design design, uint64_t seed, uint64_t block,
+                              int64_t* bits, double* weights) {
+  if (n_players < 1 || n_players > kMaxPlayers) return "sample_coalitions: n_players must be between 1 and 4096";
+  const bool all = n_players < 63 && n_samples == int64_t{1} << n_players;
+  const bool too_many = n_players < 63 && n_samples > int64_t{1} << n_players;
+  if (n_samples % 2 != 0 || n_samples < (n_players == 1 ? 2 : 4) || too_many) {
+    return "sample_coalitions: n_samples must be the even row count that design_size gives";
+  }
+  Sampler sampler(n_players, n_samples, seed, block, bits, weights);
+  if (n_players == 1) return nullptr;
+  if (design == Design::kChain && !all) {
+    const int64_t pairs = (n_samples - 2) / 2, steps = n_players - 1;
+    if (pairs > steps && pairs % steps != 0) {
+      return "sample_coalitions: a chain design must have the row count that design_size gives";
+    }
+    sampler.by_chains();
+  } else {
+    sampler.by_size(design);
+  }
+  return nullptr;
+}
+
+}  // namespace xaifast

@@ -1,0 +1,61 @@
+"""Coalitions: sets of present players, bit-packed, with weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .ops.coalitions import pack_coalitions, sample_coalitions, unpack_coalitions
+
+
+@dataclass(frozen=True)
+class Coalitions:
+    """A design: which players are present in which evaluation.
+
+    Row 0 is the full coalition, row 1 the empty one; then come pairs of a coalition and its complement. The bits stay
+    on the CPU, where sizes and groups are decided; a GPU gets a copy (a few KB) when rows are made.
+
+    Attributes:
+        bits: int64 words ``[N, W]``, or ``[B, N, W]`` with one design an input; player i is bit ``i % 64`` of word
+            ``i // 64``.
+        weights: float64 ``[N]``, infinite for the full and the empty coalition.
+        n_players: M.
+    """
+
+    bits: Tensor
+    weights: Tensor
+    n_players: int
+
+    @property
+    def n_coalitions(self) -> int:
+        """N, coalitions of one input."""
+        return self.bits.shape[-2]
+
+    @cached_property
+    def present(self) -> Tensor:
+        """BoolTensor ``[..., N, M]``."""
+        return unpack_coalitions(self.bits, self.n_players)
+
+    @classmethod
+    def sample(cls, n_players: int, n_samples: int, design: str, *, seed: int, block: int = 0) -> Coalitions:
+        """One design for all inputs of a call (see `xaifast.ops.sample_coalitions`)."""
+        bits, weights = sample_coalitions(n_players, n_samples, design, seed=seed, block=block)
+        return cls(bits, weights, n_players)
+
+    @classmethod
+    def sample_each(
+        cls, n_inputs: int, n_players: int, n_samples: int, design: str, *, seed: int, block: int = 0
+    ) -> Coalitions:
+        """A design of its own for each input: same sizes and weights, other members; input b uses block + b."""
+        drawn = [sample_coalitions(n_players, n_samples, design, seed=seed, block=block + b) for b in range(n_inputs)]
+        return cls(torch.stack([bits for bits, _ in drawn]), drawn[0][1], n_players)
+
+    @classmethod
+    def from_present(cls, present: Tensor, weights: Tensor | None = None) -> Coalitions:
+        """From a BoolTensor ``[N, M]`` or ``[B, N, M]``; weights default to ones."""
+        if weights is None:
+            weights = torch.ones(present.shape[-2], dtype=torch.float64)
+        return cls(pack_coalitions(present), weights, present.shape[-1])

@@ -1,0 +1,5 @@
+"""Networks of the package's own."""
+
+from .vit import VisionTransformer
+
+__all__ = ["VisionTransformer"]

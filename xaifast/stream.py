@@ -1,0 +1,111 @@
+"""Streaming: chunks, out-of-memory back-off and progress, for every long loop of the package."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+logger = logging.getLogger("xaifast")
+
+# A chunk of a CPU model's input should stay in the caches it is written to and read from; measured on small
+# convolutional nets, MLPs and vision transformers (bench/bench_jobs.py).
+_CPU_CHUNK_BYTES = 2**20
+_MIN_ROWS, _MAX_ROWS = 32, 4096
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception is an allocator's refusal, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**33
+
+
+def auto_rows(row_bytes: int, device: torch.device, bytes_per_row_measured: int | None = None) -> int:
+    """Model rows a call for ``batch_size="auto"``, from the size of a row and the free memory.
+
+    On the CPU a power of two that keeps a chunk's input near 1 MiB, between 32 and 4096 rows. On a GPU as many rows,
+    up to 4096, as fit into half of the free memory at ``bytes_per_row_measured``, the peak a row of the first chunk
+    cost.
+    """
+    free = _free_bytes(device)
+    if device.type == "cuda":
+        rows = int(0.5 * free) // max(bytes_per_row_measured or 64 * row_bytes, 1)
+        return max(1, min(_MAX_ROWS, 1 << max(rows, 1).bit_length() - 1))
+    rows = 1 << max(_CPU_CHUNK_BYTES // max(row_bytes, 1), 1).bit_length() - 1
+    rows = max(_MIN_ROWS, min(_MAX_ROWS, rows))
+    return max(1, min(rows, free // (4 * max(row_bytes, 1))))
+
+
+class Stream:
+    """Runs ``step(start, stop)`` over ranges in chunks, halving the chunk when memory runs out.
+
+    Used as a context manager around all ranges of a job, so that one progress bar covers them and a chunk size that
+    once proved too large stays small.
+
+    Args:
+        total: Units of the whole job, for the bar.
+        rows: Units a chunk to start with.
+        show_progress: Whether to draw a bar with rate and time left.
+        description: What the bar says.
+        unit: What a unit is called in the bar.
+    """
+
+    def __init__(self, total: int, rows: int, *, show_progress: bool, description: str, unit: str = "row") -> None:
+        self.rows = max(1, rows)
+        self._total, self._description, self._unit = total, description, unit
+        self._show = show_progress
+        self._bar = None
+
+    def __enter__(self) -> Stream:
+        if self._show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._description, unit=self._unit, unit_scale=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def run(self, n_units: int, step: Callable[[int, int], None], *, scale: float = 1.0) -> None:
+        """Cover ``[0, n_units)``; chunks hold ``rows * scale`` units (cheaper units may come in larger chunks)."""
+        start, limit = 0, n_units
+        while start < n_units:
+            stop = min(n_units, start + max(1, min(limit, int(self.rows * scale))))
+            try:
+                step(start, stop)
+                fits = True
+            except Exception as error:
+                if not is_out_of_memory(error) or str(error).startswith("xaifast:"):
+                    raise
+                if stop - start == 1:
+                    raise type(error)(
+                        "xaifast: out of memory with a single unit of work in flight, so no smaller chunk can be "
+                        f"tried; free memory, or use a smaller model, input or background ({error})"
+                    ) from error
+                fits = False
+            if not fits:  # outside the handler, so that the failed frames and their tensors are gone
+                limit = (stop - start) // 2
+                self.rows = max(1, min(self.rows, int((stop - start) / scale)) // 2)
+                logger.warning("xaifast: out of memory, going on with chunks of %d", limit)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            if self._bar is not None:
+                self._bar.update(stop - start)
+            start = stop
