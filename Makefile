@@ -1,6 +1,6 @@
 PYTHON ?= python3
 SETUP = $(PYTHON) tools/setup_env.py
-SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/include/xaifast/*.h)
+SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/xaifast/*.h)
 
 .PHONY: setup demo test lint wheel clean
 

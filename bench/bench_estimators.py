@@ -170,7 +170,7 @@ def main() -> None:
         own_error = float((reference.std_errors.norm(dim=1) / reference.values.norm(dim=1)).median())
         reference = reference.values.double()
         print(
-            f"\n{name}: test accuracy {accuracy:.3f}; reference of {N_REFERENCE} evaluations, its error {own_error:.5f}"
+            f"\n{name}: test accuracy {accuracy:.3f}, reference of {N_REFERENCE} evaluations (error {own_error:.5f})"
         )
         methods = {"shap": by_shap, "captum": by_captum, **{e: ours(e) for e in ("wls", "adjusted", "permutation")}}
         curve: dict[str, list[tuple[int, float, float]]] = {}
@@ -180,10 +180,9 @@ def main() -> None:
             for n in budgets:
                 error, spent = measure(function, setting, reference, n, arguments.seeds)
                 curve.setdefault(method, []).append((n, error, spent))
-                rows.append({
-                    "network": name, "method": method, "n": n, "error_median": round(error, 5),
-                    "seconds_median": round(spent, 4), "images": arguments.images, "seeds": arguments.seeds, **conditions,
-                })  # fmt: skip
+                point = {"network": name, "method": method, "n": n, "error_median": round(error, 5)}
+                point |= {"seconds_median": round(spent, 4), "images": arguments.images, "seeds": arguments.seeds}
+                rows.append(point | conditions)
                 print(f"  {method:12s} n {n:5d}  error {error:.4f}  {spent:.3f} s", flush=True)
         at_500[name] = {method: next(e for n, e, _ in points if n == 500) for method, points in curve.items()}
         _, goal, shap_seconds = curve["shap"][-1]

@@ -86,7 +86,7 @@ def draw(x: Tensor, labels: Tensor, result: xaifast.ShapleyResult, predicted: Te
         truth = "" if labels[i] == predicted[i] else f" (is {labels[i]})"
         input_axis.set_title(f"“{predicted[i]}”{truth}", fontsize=11)
         shown = value_axis.imshow(values[i], cmap="PuOr_r", vmin=-top, vmax=top)
-        value_axis.imshow(digit, cmap="gray_r", vmin=0, vmax=1, alpha=0.35 * (digit > 0.15), interpolation="nearest")
+        value_axis.contour(digit, levels=[0.4], colors="black", linewidths=1.1)
         doubt = error_axis.imshow(errors[i], cmap="Greys", vmin=0, vmax=top_error)
     for r in range(rows):
         for k, name in enumerate(("input", "Shapley value", "standard error")):

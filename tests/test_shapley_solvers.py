@@ -253,7 +253,20 @@ def test_wls_minimises_the_weighted_squares_under_the_constraint(n_players, n_pa
     torch.testing.assert_close(errors, expected, rtol=1e-6, atol=1e-9)
 
 
-FULL_RANK = [(2, 1), (3, 2), (4, 5), (7, 8), (10, 12), (17, 16), (30, 31), (49, 97), (65, 64), (65, 130), (12, 1000)]
+FULL_RANK = [
+    (2, 1),
+    (3, 2),
+    (4, 5),
+    (7, 8),
+    (10, 12),
+    (17, 16),
+    (30, 31),
+    (49, 97),
+    (65, 64),
+    (65, 130),
+    (150, 149),
+    (12, 1000),
+]
 
 
 def full_rank_design(n_players, n_pairs):
@@ -311,7 +324,8 @@ def test_repeated_pairs_do_not_count_for_rank():
     # A perfect fit of a deficient design is no sign of an additive game.
     game, exact = additive_game(12, 1, seed=3)
     adjusted, _ = Adjusted(twice)(*game_differences(game, twice))
-    assert adjusted.isfinite().all()
+    least, _ = solver(*game_differences(game, twice))
+    assert adjusted.isfinite().all() and (adjusted - least).norm() > 1e-3 * exact.norm()
 
 
 # --- adjusted: the parts ---
@@ -401,6 +415,15 @@ def test_ridge_against_the_dense_form(n_players, n_pairs):
     torch.testing.assert_close(
         ridge.errors(gain[0], left_out), (centred.square() @ left_out.square()).sqrt(), rtol=1e-6, atol=1e-8
     )
+
+
+@pytest.mark.parametrize("n_pairs,floor", [(12, 0.02), (31, 1e-3), (60, 1e-10)])
+def test_an_exact_fit_of_few_pairs_is_not_taken_for_precision(n_pairs, floor):
+    design = leverage_design(30, n_pairs, seed=0)
+    ridge = _adjusted.CubicFit(design.present, design.weights)._ridge
+    equal = torch.cat([torch.ones(1, 30), 2 * design.present - 1.0]).double().sum(1)
+    _, level, _ = ridge(equal[None])
+    assert float(level) == pytest.approx(floor)
 
 
 @pytest.mark.parametrize("n_players", [2, 3, 7, 49])

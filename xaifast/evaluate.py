@@ -112,8 +112,9 @@ class Evaluator:
         self._target: int | Tensor | None = None
         self._n_outputs: int | None = None  # None: the model returns [b]
 
-        self.batch_size = auto_rows(self._prepared.row_bytes, self.device) if batch_size == "auto" else batch_size
-        measure = batch_size == "auto" and self.device.type == "cuda"
+        auto = batch_size == "auto"
+        self.batch_size = self._auto_rows() if auto else batch_size
+        measure = auto and self.device.type == "cuda"
         if measure:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
@@ -121,10 +122,13 @@ class Evaluator:
         outputs = self._evaluate(full, "clean inputs", show_progress=False)[:, 0]  # [B, K]
         if measure:
             rows = min(self.batch_size, self.n_inputs * self.n_background)
-            peak = (torch.cuda.max_memory_allocated(self.device) - before) // rows
-            self.batch_size = auto_rows(self._prepared.row_bytes, self.device, peak)
+            self.batch_size = self._auto_rows((torch.cuda.max_memory_allocated(self.device) - before) // rows)
         self._resolve_target(target, outputs)
         self.full = self._pick(outputs, 0, self.n_inputs, 1)  # [B, K]
+
+    def _auto_rows(self, peak_row_bytes: int | None = None) -> int:
+        flat = all(x.dim() == 2 for x in self.inputs)
+        return auto_rows(self._prepared.row_bytes, self.device, flat=flat, peak_row_bytes=peak_row_bytes)
 
     @property
     def has_output_axis(self) -> bool:

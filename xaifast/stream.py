@@ -11,10 +11,9 @@ import torch
 
 logger = logging.getLogger("xaifast")
 
-# A chunk of a CPU model's input should stay in the caches it is written to and read from; measured on small
-# convolutional nets, MLPs and vision transformers (bench/bench_jobs.py).
-_CPU_CHUNK_BYTES = 2**20
+_CPU_CHUNK_BYTES = 2**20  # a chunk's input, so that it is still in the caches when the model reads it
 _MIN_ROWS, _MAX_ROWS = 32, 4096
+_MAX_ROWS_MAPS = 256  # inputs with channels or space grow several times inside a model
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,19 +34,19 @@ def _free_bytes(device: torch.device) -> int:
         return 2**33
 
 
-def auto_rows(row_bytes: int, device: torch.device, bytes_per_row_measured: int | None = None) -> int:
+def auto_rows(row_bytes: int, device: torch.device, *, flat: bool, peak_row_bytes: int | None = None) -> int:
     """Model rows a call for ``batch_size="auto"``, from the size of a row and the free memory.
 
-    On the CPU a power of two that keeps a chunk's input near 1 MiB, between 32 and 4096 rows. On a GPU as many rows,
-    up to 4096, as fit into half of the free memory at ``bytes_per_row_measured``, the peak a row of the first chunk
-    cost.
+    On the CPU a power of two that keeps a chunk's input near 1 MiB, at least 32 rows, at most 4096 of ``flat``
+    (tabular) inputs and 256 of others. On a GPU as many rows, up to 4096, as fit into half of the free memory at
+    ``peak_row_bytes``, what a row of the first chunk took.
     """
     free = _free_bytes(device)
     if device.type == "cuda":
-        rows = int(0.5 * free) // max(bytes_per_row_measured or 64 * row_bytes, 1)
+        rows = int(0.5 * free) // max(peak_row_bytes or 64 * row_bytes, 1)
         return max(1, min(_MAX_ROWS, 1 << max(rows, 1).bit_length() - 1))
     rows = 1 << max(_CPU_CHUNK_BYTES // max(row_bytes, 1), 1).bit_length() - 1
-    rows = max(_MIN_ROWS, min(_MAX_ROWS, rows))
+    rows = max(_MIN_ROWS, min(_MAX_ROWS if flat else _MAX_ROWS_MAPS, rows))
     return max(1, min(rows, free // (4 * max(row_bytes, 1))))
 
 

@@ -110,8 +110,8 @@ def kernel_shap(
         target: int, LongTensor ``[B]``, ``"predicted"``, or None for all K outputs (one evaluation serves all).
         feature_mask: Player ids, see `xaifast.grid_mask`; None makes every element a player.
         n_samples: Coalitions an input, the empty and the full one included; odd numbers are rounded down.
-            ``>= 2**M`` enumerates and is exact (all estimators but ``"permutation"``). At least 4; below ``3 M``
-            expect little from ``"wls"``.
+            ``>= 2**M`` enumerates and is exact, whatever the estimator. At least 4; below ``3 M`` expect little from
+            ``"wls"``.
         estimator: ``"wls"`` constrained weighted least squares; ``"adjusted"`` the same pairs fitted with third-order
             terms, about half the error of ``"wls"`` at equal evaluations; ``"permutation"`` antithetic permutations,
             best for ranking many null players; ``"exact"``; ``"auto"`` exact where affordable, else ``"adjusted"``
@@ -122,7 +122,7 @@ def kernel_shap(
             ``xaifast.removal.TokenDrop()`` or ``TokenSelect()``.
         additional_forward_args: Passed on after the inputs; tensors with leading B go with their input.
         batch_size: Model rows a call, or ``"auto"``.
-        seed: Of the design. No global random state is read or changed.
+        seed: Of the design, 0..2**63-1. No global random state is read or changed.
         show_progress: Draw a progress bar with rate and time left.
         design: ``"shared"``: one design for all inputs (cheapest; errors are correlated between similar inputs), or
             ``"per_input"``: a design for each, for averages over inputs.
@@ -182,7 +182,7 @@ def kernel_shap(
         caller=_CALLER,
     )
     n_outputs = evaluator.full.shape[1]
-    if estimator in ("wls", "adjusted") and _enumerates(players.n_players, n_samples):
+    if n_samples >= 2**players.n_players:  # every design then holds all coalitions
         estimator = "exact"
     elif estimator == "auto":
         estimator = choose_estimator(players.n_players, n_samples, n_outputs)
@@ -340,10 +340,6 @@ def _resolve_link(link: object) -> Callable[[Tensor], Tensor]:
     return _LINKS[link]
 
 
-def _enumerates(n_players: int, n_samples: int) -> bool:
-    return n_samples >= 2**n_players
-
-
 def _check_budget(n_players: int, n_samples: int, estimator: str) -> None:
     """Refuse budgets no estimator can use; warn about those that say little."""
     if not isinstance(n_samples, int) or isinstance(n_samples, bool):
@@ -354,7 +350,7 @@ def _check_budget(n_players: int, n_samples: int, estimator: str) -> None:
             f"{_CALLER}: n_samples must be at least {least} for {n_players} players (full, empty and one pair), got "
             f"{n_samples}"
         )
-    if estimator == "exact" and not _enumerates(n_players, n_samples):
+    if estimator == "exact" and n_samples < 2**n_players:
         raise ValueError(
             f'{_CALLER}: estimator="exact" needs n_samples >= 2**M = 2**{n_players}, got {n_samples}; raise it, merge '
             "players with feature_mask, or use another estimator"
