@@ -25,7 +25,7 @@ _PROGRAMS_WANTED = 4096  # about 30 per multiprocessor of a large GPU
 if triton is not None:
 
     @triton.jit(
-        do_not_specialize=["first_input", "n_groups", "n_coalitions", "halves", "start", "stop"],
+        do_not_specialize=["first_group", "n_groups", "groups_per_input", "n_coalitions", "halves", "start", "stop"],
         do_not_specialize_on_alignment=["period", "unit"],
     )
     def select_rows_kernel(
@@ -40,8 +40,9 @@ if triton is not None:
         unit,
         halves,  # 2 W
         n_coalitions,  # N
-        first_input,
-        n_groups,
+        first_group,  # groups of UNITS coalitions, counted from the first coalition of the first input
+        n_groups,  # that hold units of the range
+        groups_per_input,
         start,
         stop,
         BITS_PER_INPUT: tl.constexpr,
@@ -60,10 +61,9 @@ if triton is not None:
         the tile.
         """
         pid = tl.program_id(0).to(tl.int64)
-        n_inputs = (stop - 1) // n_coalitions - first_input + 1
-        i_group = pid % n_groups
-        i_input = first_input + pid // n_groups % n_inputs
-        i_tile = pid // n_groups // n_inputs
+        i_group = first_group + pid % n_groups
+        i_input = i_group // groups_per_input
+        i_tile = pid // n_groups
 
         o_row = (i_tile * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK], position in R * F
         m_row = o_row < row_elements
@@ -85,20 +85,19 @@ if triton is not None:
 
         first_unit = i_input * n_coalitions
         for k in range(UNITS):
-            i_coalition = i_group * UNITS + k
+            i_coalition = i_group % groups_per_input * UNITS + k
             i_unit = first_unit + i_coalition
             m_unit = (i_coalition < n_coalitions) & (i_unit >= start) & (i_unit < stop)
+            m_store = o_row < tl.where(m_unit, row_elements, 0)  # Triton 3.9 interprets no scalar mask of a block
             p_bits = bits + (i_unit if BITS_PER_INPUT else i_coalition) * halves
             if ONE_WORD:
                 b_low = tl.load(p_bits, mask=m_unit, other=0)
                 b_high = tl.load(p_bits + 1, mask=m_unit, other=0)
                 b_half = tl.where(o_half == 0, b_low, b_high)
             else:
-                b_half = tl.load(p_bits + o_half, mask=m_known & m_unit, other=0)
+                b_half = tl.load(p_bits + o_half, mask=m_known & m_store, other=0)
             m_present = m_always | (m_known & (((b_half >> b_shift) & 1) != 0))
-            tl.store(
-                out + (i_unit - start) * row_elements + o_row, tl.where(m_present, b_x, b_baseline), mask=m_row & m_unit
-            )
+            tl.store(out + (i_unit - start) * row_elements + o_row, tl.where(m_present, b_x, b_baseline), mask=m_store)
 
 
 def block_of(row_elements: int, itemsize: int) -> int:
@@ -131,10 +130,13 @@ def select_rows(
     block = block_of(row_elements, x.element_size())
     tiles = triton.cdiv(row_elements, block)
     units = next((u for u in _UNITS[:-1] if (stop - start) * tiles >= u * _PROGRAMS_WANTED), _UNITS[-1])
-    first_input, n_groups = start // n_coalitions, triton.cdiv(n_coalitions, units)
-    n_inputs = (stop - 1) // n_coalitions - first_input + 1
+    groups_per_input = triton.cdiv(n_coalitions, units)
+    first_group, last_group = (
+        u // n_coalitions * groups_per_input + u % n_coalitions // units for u in (start, stop - 1)
+    )
+    n_groups = last_group + 1 - first_group
     with torch.cuda.device_of(x):
-        select_rows_kernel[(tiles * n_inputs * n_groups,)](
+        select_rows_kernel[(tiles * n_groups,)](
             x.view(view),
             bits.view(torch.int32),
             index,
@@ -146,8 +148,9 @@ def select_rows(
             unit,
             2 * bits.shape[-1],
             n_coalitions,
-            first_input,
+            first_group,
             n_groups,
+            groups_per_input,
             start,
             stop,
             BITS_PER_INPUT=bits.dim() == 3,
@@ -166,7 +169,7 @@ def variants() -> list[Variant]:
     """Return the variants that cover every constexpr branch, item size and address width."""
     pointers = {"bits": "*i32", "index": "*i32"}
     sizes = ("n_elements", "row_elements", "period", "unit", "halves", "n_coalitions")
-    scalars = dict.fromkeys((*sizes, "first_input", "n_groups", "start", "stop"), "i32")
+    scalars = dict.fromkeys((*sizes, "first_group", "n_groups", "groups_per_input", "start", "stop"), "i32")
     flags = ("BITS_PER_INPUT", "INDEX_PER_INPUT", "BASELINE_PER_INPUT", "BACKGROUND", "REPEATED", "ONE_WORD")
 
     def variant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,8 @@ CASES = {
     "link unknown": (dict(link="probit"), ValueError, "logit"),
     "link not elementwise": (dict(link=lambda v: v.sum()), ValueError, "elementwise"),
     "logit of no probability": (dict(forward=lambda x: x.sum(1), link="logit"), ValueError, "between 0 and 1"),
+    "seed negative": (dict(forward=None, seed=-1), ValueError, "seed must be between"),
+    "tolerance text": (dict(tolerance="low"), ValueError, "tolerance"),
     "tolerance negative": (dict(tolerance=-1.0), ValueError, "tolerance"),
     "batch size zero": (dict(batch_size=0), ValueError, "batch_size"),
     "batch size text": (dict(batch_size="big"), ValueError, "batch_size"),
@@ -64,9 +67,17 @@ CASES = {
     "baseline batch": (dict(baselines=torch.zeros(3, 6)), ValueError, "baselines"),
     "baseline count": (dict(baselines=(0.0, 0.0)), ValueError, "one entry an input"),
     "baseline in integers": (dict(inputs=torch.ones(2, 3, dtype=torch.long), baselines=0.5), TypeError, "integers"),
+    "baseline not finite in integers": (
+        dict(inputs=torch.ones(2, 3, dtype=torch.long), baselines=float("nan")),
+        TypeError,
+        "integers",
+    ),
     "background shape": (dict(baselines=xaifast.Background(torch.zeros(4, 5))), ValueError, "Background"),
     "background empty": (dict(baselines=xaifast.Background(torch.zeros(0, 6))), ValueError, "R >= 1"),
     "removal unknown": (dict(removal="inpaint"), ValueError, "TokenDrop"),
+    "removal array": (dict(removal=np.zeros(6)), ValueError, "TokenDrop"),
+    "blur of no image": (dict(removal="blur"), ValueError, r"\[B, C, H, W\]"),
+    "blur of integers": (dict(inputs=IMAGES.byte(), removal="blur", n_samples=70), ValueError, "floating"),
     "removal class": (dict(removal=TokenDrop), TypeError, r"TokenDrop\(\)"),
     "removal shape": (dict(removal=lambda x: x[:1]), ValueError, "inputs' shape"),
     "removal with baselines": (dict(removal=lambda x: x, baselines=1.0), ValueError, "left out"),
@@ -74,8 +85,13 @@ CASES = {
     "output rows": (dict(forward=lambda x: x[:1]), ValueError, "number of rows"),
     "output scalar": (dict(forward=lambda x: x.sum()), ValueError, r"\[b\] or \[b, K\]"),
     "output rank": (dict(forward=lambda x: x[:, :, None]), ValueError, r"\[b\] or \[b, K\]"),
+    "output without columns": (dict(forward=lambda x: x[:, :0]), ValueError, r"\[b\] or \[b, K\]"),
     "output nan": (dict(forward=lambda x: x.sum(1) * torch.nan), ValueError, "input 0, coalition 0"),
-    "output nan when masked": (dict(forward=nan_when_masked), ValueError, "input 0, coalition"),
+    "output nan when masked": (
+        dict(forward=nan_when_masked),
+        ValueError,
+        r"input 0, coalition \d+ \([0-5] of 6 players",
+    ),
     "dropout active": (dict(forward=nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2))), ValueError, r"model\.eval\(\)"),
     "batch statistics active": (
         dict(forward=nn.Sequential(nn.BatchNorm1d(6)).requires_grad_(False)),
@@ -98,6 +114,11 @@ CASES = {
         dict(
             inputs=IMAGES, forward=vit(), removal=TokenDrop(), feature_mask=xaifast.grid_mask((8, 8), 4), baselines=1.0
         ),
+        ValueError,
+        "takes no baselines",
+    ),
+    "tokens with an array": (
+        dict(inputs=IMAGES, forward=vit(), removal=TokenDrop(), baselines=np.zeros(3)),
         ValueError,
         "takes no baselines",
     ),

@@ -94,9 +94,7 @@ def test_sizes_and_weights_follow_the_formula(n_players, n_samples, design):
     drawn = Counter(sizes)
     for k, pairs in expected.items():
         assert abs(drawn[k] - pairs) < 1 + 1e-5
-    raw = {
-        k: (0.5 if 2 * k == n_players else 1.0) / (k * (n_players - k) * pairs) for k, pairs in expected.items()
-    }
+    raw = {k: (0.5 if 2 * k == n_players else 1.0) / (k * (n_players - k) * pairs) for k, pairs in expected.items()}
     mean = sum(raw[k] for k in sizes) / n_pairs
     torch.testing.assert_close(
         weights[2::2], torch.tensor([raw[k] / mean for k in sizes], dtype=torch.float64), rtol=1e-6, atol=0

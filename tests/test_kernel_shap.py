@@ -272,6 +272,22 @@ def test_per_input_masks_and_absent_players():
     torch.testing.assert_close(exact.values[1, :3], expected, atol=1e-9, rtol=1e-10)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("n_samples", [12, 30, 60, 500, 2040])
+def test_inputs_with_fewer_players_than_the_design(estimator, n_samples):
+    net, x = IntegerNet(11), integers(4, 11)
+    masks = torch.stack([torch.arange(11), torch.arange(11) % 4, torch.zeros(11, dtype=torch.long), torch.arange(11)])
+    result = xaifast.kernel_shap(net, x, feature_mask=masks, estimator=estimator, n_samples=n_samples)
+    gap = result.values.sum(1) - (result.full_values - result.base_values)
+    assert float(gap.abs().max() / result.values.abs().max()) < 1e-12
+    assert not bool(result.values[1, 4:].any()) and not bool(result.values[2, 1:].any())
+    expected = brute_force(net, x[1], torch.zeros(11, dtype=torch.float64), masks[1], 4)
+    error = float((result.values[1, :4] - expected).norm() / expected.norm())
+    assert n_samples < 60 or error < {60: 0.3, 500: 0.1, 2040: 0.03}[n_samples]
+    if estimator == "wls" and n_samples == 2040:  # nearly all coalitions: only the right weights are this close
+        assert error < 1e-3
+
+
 @pytest.mark.parametrize("n_samples", [4, 5, 20, 60, 63, 64, 65, 127, 129])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_small_budgets_are_finite_and_efficient(estimator, n_samples):
@@ -372,3 +388,6 @@ def test_to_shap():
     explanation = result.to_shap()
     assert isinstance(explanation, shap.Explanation)
     torch.testing.assert_close(torch.as_tensor(explanation.values), result.values)
+    assert explanation.data.tolist() == [[1, 1, 1], [1, 1, 1]]
+    regrouped = xaifast.kernel_shap(lambda rows: rows.sum(1), torch.ones(2, 3), feature_mask=torch.tensor([2, 0, 1]))
+    assert regrouped.to_shap().data is None  # columns are not players in this order

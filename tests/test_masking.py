@@ -397,13 +397,6 @@ ERRORS = {
     ),
     "range": (lambda: plan_selection(X, MASKS["rows"]).rows(BITS, 3, 9), ValueError, "units 3..9"),
     "backward range": (lambda: plan_selection(X, MASKS["rows"]).rows(BITS, 3, 2), ValueError, "units 3..2"),
-    "op: id beyond the words": (
-        lambda: torch.ops.xaifast.select_rows(
-            X.reshape(2, 72), BITS, torch.tensor([64], dtype=torch.int32), X.reshape(2, 72), 1, 72, 0, 1
-        ),
-        ValueError,
-        "player 64",
-    ),
     "op: sizes": (
         lambda: torch.ops.xaifast.select_rows(
             X.reshape(2, 72), BITS, torch.tensor([0], dtype=torch.int32), X.reshape(2, 72), 1, 71, 0, 1

@@ -124,6 +124,36 @@ def test_compact_rows(row_bytes, n_tokens, length):
         assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize("words", [0, 1, 2, 65])
+@pytest.mark.parametrize(("unit", "n_background"), [(1, 1), (1, 3), (5, 1), (40, 1)])
+def test_players_beyond_the_words_are_absent(words, unit, n_background):
+    # Runs of bytes, tables of states, stretches of bits, patterns, and tokens; bits beyond the words would say present.
+    memory = np.full(2 * words + 200, -1)
+    memory[:words] = 0x5A5A5A5A5A5A5A5A
+    last = 64 * words
+    odd = [0, last - 1, last, last + 1, 2**31 - 1, -1, -(2**31), last + 64]
+    for players in (odd, list(range(last - 40, last + 90))):
+        index = np.array([max(p, -(2**31)) for p in players], dtype=np.int32)
+        present = [p < 0 or (p < last and bool(0x5A5A5A5A5A5A5A5A >> (p & 63) & 1)) for p in index.tolist()]
+        x, baseline = np.full(len(index) * unit, 1, np.uint8), np.zeros(n_background * len(index) * unit, np.uint8)
+        out = np.full(n_background * len(x), 2, dtype=np.uint8)
+        native.select_rows(
+            out.ctypes.data, x.ctypes.data, baseline.ctypes.data, memory.ctypes.data, index.ctypes.data, 1, 1, 1,
+            n_background, 1, len(index), unit, words, False, False, False, 0, 1, 1,
+        )  # fmt: skip
+        assert out.tolist() == np.tile(np.repeat(present, unit), n_background).astype(int).tolist()
+
+        tokens = np.arange(1, len(index) + 1, dtype=np.uint8)
+        out = np.full(len(index), 0, dtype=np.uint8)
+        overflows = native.compact_rows(
+            out.ctypes.data, tokens.ctypes.data, memory.ctypes.data, index.ctypes.data, 1, 1, 1, len(index),
+            len(index), words, False, False, 0, 1, 1,
+        )  # fmt: skip
+        assert overflows == 0
+        assert out[: sum(present)].tolist() == tokens[present].tolist()
+        assert not out[sum(present) :].any()
+
+
 def test_threads_change_nothing():
     # Above the size from which the kernels use threads (4 MiB of output).
     for threads in (1, 2, 5):

@@ -1,6 +1,7 @@
 """What a wheel holds and links to, and how the build decides about CUDA."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -64,9 +65,36 @@ def test_objects_for_newer_processors_share_no_functions(built):
     if not objects:
         pytest.skip("compiled for one instruction set only")
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
         assert "select_rows" in symbols or "compact_rows" in symbols
         assert not [line for line in symbols.splitlines() if line.split()[-2:-1] in (["V"], ["W"], ["u"])]
+
+
+def test_set_up_runs_once_for_every_change(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    installed = []
+
+    def set_up(*extras, environment="env", fingerprint="a"):
+        (tmp_path / environment).mkdir(exist_ok=True)
+        monkeypatch.setattr(tool, "environment", lambda: tmp_path / environment / "bin" / "python")
+        monkeypatch.setattr(tool, "fingerprint", lambda: fingerprint)
+        monkeypatch.setattr(tool, "has_torch", lambda python: True)
+        monkeypatch.setattr(tool, "build_tools", lambda python: [])
+        monkeypatch.setattr(tool, "run", lambda *command: installed.append(command[-1]))
+        monkeypatch.setattr(sys, "argv", ["setup_env.py", *extras])
+        installed.clear()
+        tool.main()
+        assert capsys.readouterr().out.strip() == str(tmp_path / environment / "bin" / "python")
+        return installed[-1:]
+
+    assert set_up("test") == [".[test]"]
+    assert set_up("test") == set_up() == []
+    assert set_up("demo") == [".[demo,test]"]
+    assert set_up("demo", fingerprint="b") == [".[demo,test]"]
+    assert set_up("test", fingerprint="b") == []
+    assert set_up("test", environment="a new one", fingerprint="b") == [".[test]"]
 
 
 def configure(folder, *options, **environment):
@@ -118,7 +146,9 @@ def test_cuda_architectures(tmp_path, release, options, torch_list, expected):
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
     nvcc.chmod(0o755)
     script = tmp_path / "archs.cmake"
-    script.write_text(f'include("{ROOT}/cmake/CudaArchs.cmake")\nxaifast_cuda_archs(archs)\nmessage("archs=${{archs}}")\n')
+    script.write_text(
+        f'include("{ROOT}/cmake/CudaArchs.cmake")\nxaifast_cuda_archs(archs)\nmessage("archs=${{archs}}")\n'
+    )
     finished = subprocess.run(
         [cmake, f"-DCMAKE_CUDA_COMPILER={nvcc}", *options, "-P", script],
         env={**os.environ, "TORCH_CUDA_ARCH_LIST": torch_list},

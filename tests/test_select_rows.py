@@ -6,7 +6,7 @@ import pytest
 import torch
 from masking_cases import DEVICES, assert_bytes, random
 
-import xaifast.ops.masking  # noqa: F401  registers the operators
+import xaifast.ops  # noqa: F401  registers the operators
 from xaifast.reference import masking as reference
 
 select_rows = torch.ops.xaifast.select_rows.default
@@ -46,6 +46,20 @@ def test_operator_against_reference_and_brute_force(per_input, start_stop, devic
         assert out[u - start_stop[0], r, e] == expected
     assert_bytes(select_rows(*case), out)
     assert_bytes(reference.select_rows(*case), out)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("words", [0, 1, 2])
+def test_ids_beyond_the_words_are_absent_and_ids_below_zero_present(words, backend, device, monkeypatch):
+    monkeypatch.setenv("XAIFAST_BACKEND", backend)
+    last = 64 * words
+    players = [-9, -1, 0, last - 1, last, last + 1, 2**31 - 1]
+    x = torch.arange(1, 8, dtype=torch.float64, device=device)[None]
+    bits, index = torch.full((1, words), -1, device=device), torch.tensor(players, dtype=torch.int32, device=device)
+    out = select_rows(x, bits, index, -x, 1, 1, 0, 1)
+    assert (out[0, 0] > 0).tolist() == [player < last for player in players]
+    kept = torch.ops.xaifast.compact_rows(x[..., None], bits, index, 7, 0, 1)
+    assert torch.equal(kept[0, : (out > 0).sum(), 0], out[out > 0])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

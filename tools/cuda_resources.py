@@ -43,8 +43,10 @@ class Usage:
 
 
 def find_nvcc() -> str | None:
-    """Return the nvcc to use: CUDACXX, or the one on PATH."""
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+    """Return the nvcc that the build uses: CUDACXX, or the one under CUDA_HOME, on PATH or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def parse(report: str) -> list[Usage]:
@@ -100,7 +102,7 @@ def main() -> int:
     """Print the table; return the exit status."""
     nvcc = find_nvcc()
     if nvcc is None:
-        print("cuda_resources: nvcc was not found; put it on PATH or name it in CUDACXX", file=sys.stderr)
+        print("cuda_resources: nvcc was not found; name it in CUDACXX", file=sys.stderr)
         return 2
     usages = measure_all(nvcc)
     print(f"{'kernel':60} {'sm':>4} {'registers':>9} {'spill st':>8} {'spill ld':>8} {'shared':>7} {'stack':>6}")

@@ -12,14 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-STAMP = ROOT / "build" / "setup.json"
 TESTED_TORCH = "torch==2.13.0"
 MINIMUM_TORCH = (2, 10)
 SWITCHES = ("XAIFAST_CUDA", "XAIFAST_CUDA_ARCHS", "XAIFAST_WERROR", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME")
@@ -61,6 +59,12 @@ def environment() -> Path:
     return python
 
 
+def build_tools(python: Path) -> list[str]:
+    """Return what the build backend wants beside itself: cmake and ninja, where the system's are missing or too old."""
+    code = "import scikit_build_core.build as backend; print(*backend.get_requires_for_build_editable())"
+    return subprocess.run([python, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
 def fingerprint() -> str:
     """Hash everything an editable install is built from; Python files are live and do not count."""
     digest = hashlib.sha256()
@@ -77,24 +81,23 @@ def main() -> None:
     """Bring the environment up to date and print its interpreter."""
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(f"setup: Python 3.10 or newer is needed, got {sys.version.split()[0]}; try make PYTHON=python3.12")
-    extras = set(sys.argv[1:])
     python = environment()
-    done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
-    wanted = {"python": str(python), "fingerprint": fingerprint()}
-    same = {key: done.get(key) for key in wanted} == wanted
-    if not (same and extras <= set(done["extras"])):
+    stamp = python.parent.parent / "xaifast-setup.json"  # in the environment: goes when that goes
+    done = json.loads(stamp.read_text()) if stamp.exists() else {}
+    extras = sorted({*sys.argv[1:], *done.get("extras", [])})
+    wanted = {"root": str(ROOT), "fingerprint": fingerprint(), "extras": extras}
+    if done != wanted:
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if not has_torch(python):
             say(f"installing {TESTED_TORCH}")
             run(*pip, TESTED_TORCH)
-        tools = [name for name in ("cmake", "ninja") if not shutil.which(name)]
         say("installing the build requirements")
-        run(*pip, "scikit-build-core>=0.11", "pybind11>=2.13", *tools)
-        say("building and installing xaifast" + (f" with [{','.join(sorted(extras))}]" if extras else ""))
-        run(*pip, "--no-build-isolation", "--editable", f".[{','.join(sorted(extras))}]" if extras else ".")
-        STAMP.parent.mkdir(exist_ok=True)
-        kept = extras | set(done["extras"]) if done.get("python") == str(python) else extras
-        STAMP.write_text(json.dumps({**wanted, "extras": sorted(kept)}))
+        run(*pip, "scikit-build-core>=0.11", "pybind11>=2.13")
+        if tools := build_tools(python):
+            run(*pip, *tools)
+        say("building and installing xaifast" + (f" with [{','.join(extras)}]" if extras else ""))
+        run(*pip, "--no-build-isolation", "--editable", f".[{','.join(extras)}]" if extras else ".")
+        stamp.write_text(json.dumps(wanted))
     print(python)
 
 

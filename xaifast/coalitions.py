@@ -42,7 +42,7 @@ class Coalitions:
     @classmethod
     def sample(cls, n_players: int, n_samples: int, design: str, *, seed: int, block: int = 0) -> Coalitions:
         """One design for all inputs of a call (see `xaifast.ops.sample_coalitions`)."""
-        bits, weights = sample_coalitions(n_players, n_samples, design, seed=seed, block=block)
+        bits, weights = sample_coalitions(n_players, n_samples, design, seed=seed, block=block, device="cpu")
         return cls(bits, weights, n_players)
 
     @classmethod
@@ -50,12 +50,12 @@ class Coalitions:
         cls, n_inputs: int, n_players: int, n_samples: int, design: str, *, seed: int, block: int = 0
     ) -> Coalitions:
         """A design of its own for each input: same sizes and weights, other members; input b uses block + b."""
-        drawn = [sample_coalitions(n_players, n_samples, design, seed=seed, block=block + b) for b in range(n_inputs)]
-        return cls(torch.stack([bits for bits, _ in drawn]), drawn[0][1], n_players)
+        drawn = [cls.sample(n_players, n_samples, design, seed=seed, block=block + b) for b in range(n_inputs)]
+        return cls(torch.stack([one.bits for one in drawn]), drawn[0].weights, n_players)
 
     @classmethod
     def from_present(cls, present: Tensor, weights: Tensor | None = None) -> Coalitions:
         """From a BoolTensor ``[N, M]`` or ``[B, N, M]``; weights default to ones."""
         if weights is None:
-            weights = torch.ones(present.shape[-2], dtype=torch.float64)
+            weights = torch.ones(present.shape[-2], dtype=torch.float64, device=present.device)
         return cls(pack_coalitions(present), weights, present.shape[-1])

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .coalitions import Coalitions
 from .graphs import GraphedForward
-from .model_state import check_deterministic
+from .model_state import check_deterministic, is_compiled
 from .players import Players
 from .removal import Group, Prepared, resolve_removal
 from .stream import Stream, auto_rows
@@ -104,9 +104,8 @@ class Evaluator:
         )
         # A compiled model or a captured graph wants one shape: the last chunk is then filled up with rows of the
         # chunk before.
-        compiled = isinstance(forward, nn.Module) and hasattr(forward, "_orig_mod")
-        self._graph = GraphedForward() if cuda_graph else None
-        self._one_shape = compiled or cuda_graph
+        self._graph = GraphedForward(forward) if cuda_graph else None
+        self._one_shape = cuda_graph or is_compiled(forward)
         self.n_background = self._prepared.n_background
         self.output_dtype: torch.dtype | None = None
         self._target: int | Tensor | None = None
@@ -114,11 +113,11 @@ class Evaluator:
 
         auto = batch_size == "auto"
         self.batch_size = self._auto_rows() if auto else batch_size
-        measure = auto and self.device.type == "cuda"
+        measure = auto and self.device.type == "cuda" and not self._one_shape  # another size is another shape
         if measure:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-        full = Coalitions.from_present(torch.ones(1, players.n_players, dtype=torch.bool))
+        full = Coalitions.from_present(torch.ones(1, players.n_players, dtype=torch.bool, device="cpu"))
         outputs = self._evaluate(full, "clean inputs", show_progress=False)[:, 0]  # [B, K]
         if measure:
             rows = min(self.batch_size, self.n_inputs * self.n_background)
@@ -163,7 +162,7 @@ class Evaluator:
                 if values is None:
                     values = part.new_empty(self.n_inputs, n_coalitions, part.shape[2])
                 values[group.inputs, group.coalitions.to(self.device)] = part
-        self._check_finite(values)
+        self._check_finite(values, coalitions)
         return values
 
     def _evaluate_group(self, group: Group, bits: Tensor, stream: Stream) -> Tensor:
@@ -177,21 +176,28 @@ class Evaluator:
         n_units, background = len(inputs) * n, prepared.n_background
         first_unit = inputs.start * n
         values: Tensor | None = None
-        buffers: tuple[Tensor, ...] = ()
+        buffers: tuple[Tensor, ...] = ()  # written again by every chunk
+        pieces = Stream(background, self.batch_size, show_progress=False, description="background")
 
         def step(start: int, stop: int) -> None:
             nonlocal values, buffers
             if stop - start == 1 and background > 1 and (background > self.batch_size or stream.rows == 1):
-                outputs = self._run_background(prepared, bits, start, first_unit, n)
+                outputs = self._run_background(prepared, bits, start, first_unit, n, pieces)
             else:
                 n_rows = (stop - start) * background
-                if not buffers or buffers[0].shape[0] < n_rows:
-                    buffers = ()  # freed before larger ones are made
-                    buffers = self._buffers(prepared, n_rows)
+                # A chunk of one shape is full; the stream's chunks get smaller when memory runs out.
+                units = stream.rows if self._one_shape else min(stream.rows, n_units)
+                capacity = max(n_rows, units * background)
+                if not buffers or not n_rows <= buffers[0].shape[0] <= capacity:
+                    buffers = ()  # freed before others are made
+                    if self._graph is not None:
+                        self._graph.reset()
+                    buffers = self._buffers(prepared, capacity)
                 rows = prepared.rows(bits, start, stop, tuple(buffer[:n_rows] for buffer in buffers))
                 if self._one_shape and buffers:
                     rows = buffers
-                outputs = self._model(prepared, rows, first_unit + start, stop - start, n)[:n_rows]
+                replay = bool(buffers)  # a graph reads the addresses it was captured with
+                outputs = self._model(prepared, rows, first_unit + start, stop - start, n, replay=replay)[:n_rows]
             outputs = outputs.view(stop - start, background, -1)
             outputs = outputs[:, 0] if background == 1 else outputs.double().mean(1)
             picked = self._pick(outputs, first_unit + start, stop - start, n)
@@ -200,41 +206,40 @@ class Evaluator:
                     values = torch.empty(n_units, picked.shape[1], dtype=torch.float64, device=self.device)
             values[start:stop] = picked
 
-        if self._graph is not None:
-            self._graph.reset()
         with torch.inference_mode(), prepared.session():
             stream.run(n_units, step, scale=prepared.chunk_scale)
         return values.view(len(inputs), n, -1)
 
     def _buffers(self, prepared: Prepared, n_rows: int) -> tuple[Tensor, ...]:
-        """Row buffers, written again by every chunk; of the full chunk size and defined where one shape is wanted."""
-        if not self._one_shape:
-            return prepared.empty(n_rows)
-        background = prepared.n_background
-        capacity = max(n_rows, self.batch_size // background * background)
-        return tuple(buffer.zero_() for buffer in prepared.empty(capacity))
+        """Row buffers, defined where a model may see rows that no chunk has written."""
+        buffers = prepared.empty(n_rows)
+        return tuple(buffer.zero_() for buffer in buffers) if self._one_shape else buffers
 
-    def _run_background(self, prepared: Prepared, bits: Tensor, unit: int, first_unit: int, n: int) -> Tensor:
+    def _run_background(
+        self, prepared: Prepared, bits: Tensor, unit: int, first_unit: int, n: int, pieces: Stream
+    ) -> Tensor:
         """One coalition, its background in pieces of at most the batch size."""
         outputs = []
 
         def step(start: int, stop: int) -> None:
             piece = prepared.background_slice(start, stop)
             rows = piece.rows(bits, unit, unit + 1, piece.empty(stop - start))
-            outputs.append(self._model(piece, rows, first_unit + unit, 1, n))
+            # A copy: a model may answer in the same memory every time.
+            outputs.append(self._model(piece, rows, first_unit + unit, 1, n, replay=False).clone())
 
-        with Stream(prepared.n_background, self.batch_size, show_progress=False, description="background") as stream:
-            stream.run(prepared.n_background, step)
+        pieces.run(prepared.n_background, step)
         return torch.cat(outputs)
 
-    def _model(self, prepared: Prepared, rows: tuple[Tensor, ...], first_unit: int, n_units: int, n: int) -> Tensor:
+    def _model(
+        self, prepared: Prepared, rows: tuple[Tensor, ...], first_unit: int, n_units: int, n: int, *, replay: bool
+    ) -> Tensor:
         """Model outputs ``[rows, K]`` of one chunk, checked for shape."""
         n_rows = rows[0].shape[0]
         args = self._args_of(first_unit, n_units, n, n_rows, prepared.n_background)
-        forward = self.forward if self._graph is None else self._graph.bind(self.forward)
+        forward = self._graph if replay and self._graph is not None else self.forward
         autocast = nullcontext()
-        if self._autocast is not None:
-            autocast = torch.autocast(self.device.type, dtype=self._autocast)
+        if self._autocast is not None:  # a graph must not read weights from a cache that ends with the context
+            autocast = torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=self._graph is None)
         with autocast:
             outputs = prepared.run(forward, rows, args)
         outputs = getattr(outputs, "logits", outputs)
@@ -243,7 +248,7 @@ class Evaluator:
                 f"{self.caller}: forward must return a tensor or an object with .logits, got {type(outputs).__name__}; "
                 "wrap the model in a function that picks its output"
             )
-        if outputs.dim() not in (1, 2) or outputs.shape[0] != n_rows:
+        if outputs.dim() not in (1, 2) or outputs.shape[0] != n_rows or outputs.numel() == 0:
             raise ValueError(
                 f"{self.caller}: forward must return [b] or [b, K] with b the number of rows given ({n_rows}), got "
                 f"shape {tuple(outputs.shape)}; wrap the model in a function that reduces its output"
@@ -289,13 +294,13 @@ class Evaluator:
         if isinstance(target, str):
             self._target = outputs.argmax(1)
             return
-        targets = target.to(self.device, torch.int64) if isinstance(target, Tensor) else torch.tensor([target])
-        if int(targets.min()) < 0 or int(targets.max()) >= self._n_outputs:
+        targets = target.tolist() if isinstance(target, Tensor) else [target]
+        if min(targets) < 0 or max(targets) >= self._n_outputs:
             raise ValueError(
                 f"{self.caller}: target must lie in 0..{self._n_outputs - 1} (the model's outputs), got "
-                f"{sorted(set(targets.tolist()))}"
+                f"{sorted(set(targets))}"
             )
-        self._target = targets if isinstance(target, Tensor) else target
+        self._target = target.to(self.device, torch.int64) if isinstance(target, Tensor) else target
 
     def _pick(self, outputs: Tensor, first_unit: int, n_units: int, n: int) -> Tensor:
         """The target's column of outputs ``[units, K]``, or all columns."""
@@ -307,15 +312,16 @@ class Evaluator:
         owner = unit.div(n, rounding_mode="floor")
         return outputs.gather(1, self._target[owner].unsqueeze(1))
 
-    def _check_finite(self, values: Tensor) -> None:
+    def _check_finite(self, values: Tensor, coalitions: Coalitions) -> None:
         finite = torch.isfinite(values).all(2)  # [B, N]
         if not bool(finite.all()):
             b, c = (~finite).nonzero()[0].tolist()
             n_bad = int((~finite).sum())
+            present = coalitions.present[..., c, :].expand(self.n_inputs, -1)[b]
             raise ValueError(
                 f"{self.caller}: model outputs must be finite, got {values[b, c].tolist()[:4]} for input {b}, "
-                f"coalition {c} ({n_bad} of {finite.numel()} evaluations are not finite); check the model on masked "
-                "inputs and the baselines"
+                f"coalition {c} ({int(present.sum())} of {present.numel()} players present; {n_bad} of "
+                f"{finite.numel()} evaluations are not finite); check the model on masked inputs and the baselines"
             )
 
 

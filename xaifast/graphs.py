@@ -15,20 +15,15 @@ class GraphedForward:
     arguments are copied into buffers of their own. Not yet run on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forward: Callable) -> None:
+        self._forward = forward
         self.reset()
 
     def reset(self) -> None:
         """Forget the graph: the next call may bring other buffers."""
-        self._forward: Callable | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple = ()
         self._outputs: object = None
-
-    def bind(self, forward: Callable) -> GraphedForward:
-        """Set what is captured."""
-        self._forward = forward
-        return self
 
     def __call__(self, *args: object) -> object:
         """Replay on the captured buffers, or capture if the buffers changed."""
@@ -38,7 +33,8 @@ class GraphedForward:
                     static.copy_(arg)
             self._graph.replay()
             return self._outputs
-        return self._capture(args)
+        with torch.cuda.device(args[0].device):
+            return self._capture(args)
 
     def _same_buffers(self, args: tuple) -> bool:
         if len(args) != len(self._static) or args[0].data_ptr() != self._static[0].data_ptr():
@@ -49,15 +45,16 @@ class GraphedForward:
         )
 
     def _capture(self, args: tuple) -> object:
-        self._static = args
+        self.reset()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm-up outside the capture: libraries choose and allocate here
             for _ in range(2):
                 self._forward(*args)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = self._forward(*args)
-        self._graph.replay()
-        return self._outputs
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._forward(*args)
+        self._graph, self._static, self._outputs = graph, args, outputs  # only now: a capture may fail
+        graph.replay()
+        return outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,50 +13,65 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def find_modules(forward: object) -> Iterator[nn.Module]:
-    """The ``nn.Module`` objects behind a callable: itself, a bound method's, a partial's or a closure's."""
-    if isinstance(forward, nn.Module):
-        yield forward
-    elif isinstance(forward, functools.partial):
-        yield from find_modules(forward.func)
-    else:
-        owner = getattr(forward, "__self__", None)
-        if isinstance(owner, nn.Module):
-            yield owner
-        for cell in getattr(forward, "__closure__", None) or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            if isinstance(content, nn.Module):
-                yield content
+    """The ``nn.Module`` objects behind a callable: itself, or what a method, partial, decorated function or closure
+    holds and a function names among its globals.
+    """
+    waiting, seen = [forward], set()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, nn.Module):
+            yield found
+        elif isinstance(found, functools.partial):
+            waiting.append(found.func)
+        elif isinstance(found, types.MethodType):
+            waiting += (found.__self__, found.__func__)
+        elif isinstance(found, types.FunctionType):
+            for cell in found.__closure__ or ():
+                try:
+                    waiting.append(cell.cell_contents)
+                except ValueError:  # an empty cell
+                    continue
+            named = (found.__globals__.get(name) for name in found.__code__.co_names)
+            waiting += (value for value in named if isinstance(value, nn.Module))
 
 
-def _is_random(module: nn.Module) -> bool:
-    if not module.training:
-        return False
+def is_compiled(forward: object) -> bool:
+    """Whether ``torch.compile`` made this module or function, or ``Module.compile`` was called on it."""
+    marks = ("_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable")
+    return any(getattr(forward, mark, None) is not None for mark in marks)
+
+
+def _why_random(module: nn.Module) -> str | None:
+    """What makes a module's answer to a row depend on chance or on the other rows; None if nothing does."""
+    if isinstance(module, _BatchNorm) and module.running_mean is None:
+        return "has no running statistics and uses those of its batch; set track_running_stats=True"
     if isinstance(module, _DropoutNd):
-        return module.p > 0
-    if isinstance(module, _BatchNorm | _InstanceNorm):
-        return True
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return module.dropout > 0
-    return False
+        active = module.p > 0
+    elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        active = module.dropout > 0
+    elif isinstance(module, _InstanceNorm):
+        active = module.track_running_stats
+    else:
+        active = isinstance(module, _BatchNorm)
+    return "is in training mode; call model.eval()" if active and module.training else None
 
 
 def check_deterministic(forward: object, caller: str) -> None:
     """Refuse a model whose dropout or batch statistics are active.
 
-    Sees modules that ``forward`` is, is bound to, or closes over.
+    Sees the modules that `find_modules` finds.
 
     Raises:
         ValueError: names the first active module and the two ways out.
     """
     for model in find_modules(forward):
         for path, module in model.named_modules():
-            if _is_random(module):
-                where = path or "the model itself"
+            why = _why_random(module)
+            if why is not None:
                 raise ValueError(
                     f"{caller}: the model must not be random during an explanation, but {type(module).__name__} "
-                    f"({where}) is in training mode; call model.eval(), or pass allow_training_mode=True if that is "
-                    "meant"
+                    f"({path or 'the model itself'}) {why}, or pass allow_training_mode=True if that is meant"
                 )

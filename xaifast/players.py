@@ -135,7 +135,7 @@ def resolve_players(
     _check_count(n_players, caller)
 
     batch = inputs[0].shape[0] if any(per_input) else 1
-    present = torch.zeros(batch, n_players, dtype=torch.bool)
+    present = torch.zeros(batch, n_players, dtype=torch.bool, device="cpu")
     for part in ids:
         present.scatter_(1, part.expand(batch, -1), True)
     seen = present.any(0)

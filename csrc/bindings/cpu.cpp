@@ -55,7 +55,7 @@ void py_select_rows(uintptr_t out, uintptr_t x, uintptr_t baseline, uintptr_t bi
   require(0 <= start && start <= stop && stop <= n_inputs * n_coalitions,
           "select_rows: 0 <= start <= stop <= n_inputs * n_coalitions must hold");
   if (start == stop || n_background * rep * period * unit == 0) return;
-  require(out && x && baseline && bits && index, "select_rows: null pointer");
+  require(out && x && baseline && (bits || words == 0) && index, "select_rows: null pointer");
   const Status status = kernels.select_rows(
       {pointer<uint8_t>(out), pointer<const uint8_t>(x), pointer<const uint8_t>(baseline), pointer<const int64_t>(bits),
        pointer<const int32_t>(index), unit * itemsize, n_coalitions, n_background, rep, period, words, bits_per_input,
@@ -71,7 +71,7 @@ int64_t py_compact_rows(uintptr_t out, uintptr_t x, uintptr_t bits, uintptr_t in
   require(0 <= start && start <= stop && stop <= n_inputs * n_coalitions,
           "compact_rows: 0 <= start <= stop <= n_inputs * n_coalitions must hold");
   if (start == stop) return 0;
-  require(n_tokens == 0 || (bits && index), "compact_rows: null pointer");
+  require(n_tokens == 0 || ((bits || words == 0) && index), "compact_rows: null pointer");
   require(length * row_bytes == 0 || out, "compact_rows: null pointer");
   require(length * row_bytes * n_tokens == 0 || x, "compact_rows: null pointer");
   return kernels.compact_rows(

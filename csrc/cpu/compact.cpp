@@ -20,7 +20,7 @@ int64_t compact_rows(const CompactRows& a, int n_threads) {
     int64_t filled = 0;
     for (int64_t t = 0; t < a.n_tokens;) {
       const int64_t first = t;
-      while (t < a.n_tokens && is_present(bits, index[t])) ++t;
+      while (t < a.n_tokens && is_present(bits, a.words, index[t])) ++t;
       const int64_t room = a.length - filled, run = t - first;
       const int64_t taken = run < room ? run : room;
       if (taken > 0) std::memcpy(out + filled * a.row_bytes, x + first * a.row_bytes, taken * a.row_bytes);

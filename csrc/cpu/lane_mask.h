@@ -41,11 +41,30 @@ void expand_players(uint8_t* mask, const int64_t* bits, int64_t words, int64_t p
 // State of any player: -1 present, 0 absent.
 struct States {
   const int64_t* bits;  // [W]
-  const int8_t* table;  // [1 + 64 W], players from -1 on; null if there are too many players
+  int64_t words;
+  const int8_t* table;  // [1 + 64 W], players from -1 on, or null
   int64_t of(int32_t player) const {
-    return table ? table[player + 1] : -static_cast<int64_t>(is_present(bits, player));
+    return table ? table[player + 1] : -static_cast<int64_t>(is_present(bits, words, player));
   }
 };
+
+// Where the states of the entries of a player map are read.
+enum class Lookup {
+  kStretch,  // entry p belongs to player first + p throughout: the mask is a stretch of the bits
+  kTable,    // every player is in the table of states
+  kBits,     // too many players for a table, or players beyond the words
+};
+
+Lookup choose_lookup(const int32_t* index, int64_t n, int64_t words) {
+  int64_t jumps = index[0] < 0, strangers = 0;
+  for (int64_t p = 0; p < n; ++p) {
+    jumps += index[p] - index[0] != p;
+    strangers += index[p] < -1 || index[p] >= 64 * words;
+  }
+  if (strangers != 0) return Lookup::kBits;
+  if (jumps == 0) return Lookup::kStretch;
+  return words * 64 <= kTablePlayers ? Lookup::kTable : Lookup::kBits;
+}
 
 template <typename T>
 void expand_lanes(uint8_t* mask, const States& states, const int32_t* index, int64_t n) {
@@ -55,9 +74,9 @@ void expand_lanes(uint8_t* mask, const States& states, const int32_t* index, int
 // The masks of one coalition.
 class LaneMask {
  public:
-  LaneMask(const int64_t* bits, int64_t words, int64_t entry_bytes, bool consecutive)
-      : states_{bits, nullptr}, words_(words), entry_bytes_(entry_bytes), consecutive_(consecutive) {
-    if (!consecutive_ && words * 64 <= kTablePlayers) {
+  LaneMask(const int64_t* bits, int64_t words, int64_t entry_bytes, Lookup lookup)
+      : states_{bits, words, nullptr}, entry_bytes_(entry_bytes), lookup_(lookup) {
+    if (lookup == Lookup::kTable) {
       table_[0] = -1;
       expand_players<uint8_t>(reinterpret_cast<uint8_t*>(table_) + 1, bits, words, 0, words * 64);
       states_.table = table_;
@@ -90,16 +109,16 @@ class LaneMask {
  private:
   template <typename T>
   void expand_as(uint8_t* mask, const int32_t* index, int64_t n) const {
-    if (consecutive_) {
-      expand_players<T>(mask, states_.bits, words_, index[0], n);
+    if (lookup_ == Lookup::kStretch) {
+      expand_players<T>(mask, states_.bits, states_.words, index[0], n);
     } else {
       expand_lanes<T>(mask, states_, index, n);
     }
   }
 
   States states_;
-  int64_t words_, entry_bytes_;
-  bool consecutive_;
+  int64_t entry_bytes_;
+  Lookup lookup_;
   int8_t table_[1 + kTablePlayers];
 };
 

@@ -40,20 +40,13 @@ void find_runs(const int32_t* index, int64_t n, int64_t entry_bytes, Run* runs /
   runs[count] = {n * entry_bytes, -1};
 }
 
-// Whether entry p belongs to player first + p throughout: the mask is then a stretch of the bits.
-bool is_consecutive(const int32_t* index, int64_t n) {
-  int64_t others = index[0] < 0;
-  for (int64_t p = 0; p < n; ++p) others += index[p] - index[0] != p;
-  return others == 0;
-}
-
 // What the units of a range have in common.
 struct Plan {
   const SelectRows& a;
   const int32_t* index;  // [P]
   const Run* runs;       // [n_runs + 1]; null: by lanes
   int64_t n_runs;
-  bool consecutive;
+  Lookup lookup;    // by lanes
   int64_t period;   // bytes
   int64_t repeats;  // periods in a unit's rows: R * rep
 };
@@ -85,12 +78,13 @@ XAIFAST_SHARED void copy_piece(uint8_t* out, const uint8_t* in, int64_t n) {
 
 void select_by_runs(const Plan& plan, const Unit& unit) {
   int64_t edges[kBlockRuns + 2];  // pieces begin present and alternate
+  const int64_t words = plan.a.words;
   for (int64_t first = 0; first < plan.n_runs; first += kBlockRuns) {
     const int64_t last = first + kBlockRuns < plan.n_runs ? first + kBlockRuns : plan.n_runs;
     int64_t count = 0;
     bool state = true;
     for (int64_t i = first; i < last; ++i) {
-      const bool present = is_present(unit.bits, plan.runs[i].player);
+      const bool present = is_present(unit.bits, words, plan.runs[i].player);
       edges[count] = plan.runs[i].begin;
       count += present != state;  // no branch: it would be mispredicted every other time
       state = present;
@@ -112,7 +106,7 @@ void select_by_runs(const Plan& plan, const Unit& unit) {
 
 void select_by_lanes(const Plan& plan, const Unit& unit) {
   const SelectRows& a = plan.a;
-  const LaneMask lanes(unit.bits, a.words, a.entry_bytes, plan.consecutive);
+  const LaneMask lanes(unit.bits, a.words, a.entry_bytes, plan.lookup);
   alignas(64) uint8_t mask[kBlockBytes + kMaskExcess];
   const int64_t block = kBlockBytes / a.entry_bytes;
   for (int64_t p = 0; p < a.period; p += block) {
@@ -132,7 +126,7 @@ void select_by_patterns(const Plan& plan, const Unit& unit) {
   alignas(64) uint8_t x[kPatternBytes];
   const int64_t row = a.rep * plan.period;
   const int64_t rows = kPatternBytes / row < a.n_background ? kPatternBytes / row : a.n_background;
-  LaneMask(unit.bits, a.words, a.entry_bytes, plan.consecutive).expand(mask, plan.index, a.period);
+  LaneMask(unit.bits, a.words, a.entry_bytes, plan.lookup).expand(mask, plan.index, a.period);
   for (int64_t k = 1; k < rows * a.rep; ++k) copy_bytes(mask + k * plan.period, mask, plan.period);
   for (int64_t k = 0; k < rows; ++k) copy_bytes(x + k * row, unit.x, row);
   for (int64_t r = 0; r < a.n_background; r += rows) {
@@ -143,14 +137,15 @@ void select_by_patterns(const Plan& plan, const Unit& unit) {
 
 // Units start..stop, which share one index.
 Status select_units(const SelectRows& a, const int32_t* index, int64_t start, int64_t stop) {
-  Plan plan = {a, index, nullptr, count_runs(index, a.period), false, a.period * a.entry_bytes, a.n_background * a.rep};
+  Plan plan = {
+      a, index, nullptr, count_runs(index, a.period), Lookup::kBits, a.period * a.entry_bytes, a.n_background * a.rep};
   Run* runs = nullptr;
   if (plan.period >= plan.n_runs * kRunBytes) {
     plan.runs = runs = static_cast<Run*>(std::malloc((plan.n_runs + 1) * sizeof(Run)));
     if (runs == nullptr) return Status::kNoMemory;
     find_runs(index, a.period, a.entry_bytes, runs);
   } else {
-    plan.consecutive = is_consecutive(index, a.period);
+    plan.lookup = choose_lookup(index, a.period, a.words);
   }
   const auto select = runs != nullptr                                                  ? select_by_runs
                       : a.n_background > 1 && a.rep * plan.period <= kPatternBytes / 2 ? select_by_patterns

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(32 * kWarpsPerBlock) compact_rows_kernel(const
     int64_t count = 0, token = -1;
     for (int64_t group = 0; group < a.n_tokens; group += 32) {
       const int64_t t = group + lane;
-      const unsigned present = __ballot_sync(kAllLanes, t < a.n_tokens && is_present(bits, index[t]));
+      const unsigned present = __ballot_sync(kAllLanes, t < a.n_tokens && is_present(bits, a.words, index[t]));
       const int64_t k = rank - count;
       if (token < 0 && k < 32) {
         const int position = nth_set_bit(present, static_cast<int>(k));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -56,9 +57,9 @@ class ShapleyResult:
             import shap
         except ImportError as error:
             raise ImportError("ShapleyResult.to_shap needs shap; pip install 'xaifast[compat]'") from error
-        data = None
-        if len(self._inputs) == 1 and self._inputs[0].shape == self.values.shape[:2]:
-            data = self._inputs[0].detach().cpu().numpy()
+        data, mask = None, self._players.masks[0]
+        if len(self._inputs) == 1 and torch.equal(mask, torch.arange(self.values.shape[1], device=mask.device)):
+            data = self._inputs[0].cpu().numpy()
         return shap.Explanation(values=self.values.cpu().numpy(), base_values=self.base_values.cpu().numpy(), data=data)
 
     def __repr__(self) -> str:
@@ -161,10 +162,17 @@ def kernel_shap(
         raise ValueError(f"{_CALLER}: estimator must be one of {', '.join(_ESTIMATORS)}, got {estimator!r}")
     if design not in ("shared", "per_input"):
         raise ValueError(f'{_CALLER}: design must be "shared" or "per_input", got {design!r}')
-    if tolerance is not None and not tolerance > 0:
+    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance > 0):
         raise ValueError(f"{_CALLER}: tolerance must be positive, got {tolerance!r}")
     players = resolve_players(feature_mask, inputs, _CALLER)
     _check_budget(players.n_players, n_samples, estimator)
+    sampling = "chain" if estimator == "permutation" else "leverage"
+    if design == "shared":
+        coalitions = Coalitions.sample(players.n_players, n_samples, sampling, seed=seed, block=block)
+    else:
+        coalitions = Coalitions.sample_each(
+            inputs[0].shape[0], players.n_players, n_samples, sampling, seed=seed, block=block
+        )
 
     evaluator = Evaluator(
         forward,
@@ -186,13 +194,6 @@ def kernel_shap(
         estimator = "exact"
     elif estimator == "auto":
         estimator = choose_estimator(players.n_players, n_samples, n_outputs)
-    sampling = "chain" if estimator == "permutation" else "leverage"
-    if design == "shared":
-        coalitions = Coalitions.sample(players.n_players, n_samples, sampling, seed=seed, block=block)
-    else:
-        coalitions = Coalitions.sample_each(
-            inputs[0].shape[0], players.n_players, n_samples, sampling, seed=seed, block=block
-        )
     job = _Job(evaluator, coalitions, players, link_fn, estimator)
     if tolerance is not None and estimator in ("wls", "adjusted"):
         values, errors, linked = job.until(tolerance, seed)
@@ -200,8 +201,7 @@ def kernel_shap(
         linked = job.evaluate(slice(None))
         values, errors = job.solve(coalitions, linked)
 
-    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-    dtype = dtype if dtype.is_floating_point else torch.float32
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
     full, base = linked[:, 0], linked[:, 1]
     if not evaluator.has_output_axis:
         values, errors, full, base = values[..., 0], errors[..., 0], full[..., 0], base[..., 0]
@@ -254,24 +254,21 @@ class _Job:
     def solve(self, coalitions: Coalitions, values: Tensor) -> tuple[Tensor, Tensor]:
         """Shapley values and standard errors ``[B, M, K]`` float64, one input at a time."""
         batch, _, n_outputs = values.shape
-        n_players = coalitions.n_players
-        phi = values.new_zeros(batch, n_players, n_outputs)
-        errors = values.new_zeros(batch, n_players, n_outputs)
-        solvers: dict[bytes, Callable] = {}
+        phi = values.new_zeros(batch, coalitions.n_players, n_outputs)
+        errors = torch.zeros_like(phi)
+        same: dict[object, list[int]] = {}  # inputs that share a solver; one solver at a time is kept
         for b in range(batch):
-            absent = None if self.players.absent is None else self.players.absent[b]
+            absent = None if self.players.absent is None else self.players.absent[b].numpy().tobytes()
+            same.setdefault(b if coalitions.bits.dim() == 3 else absent, []).append(b)
+        for members in same.values():
+            bits = coalitions.bits if coalitions.bits.dim() == 2 else coalitions.bits[members[0]]
+            absent = None if self.players.absent is None else self.players.absent[members[0]]
             if absent is not None and not bool(absent.any()):
                 absent = None
-            key = b"" if absent is None else absent.numpy().tobytes()
-            if coalitions.bits.dim() == 3:
-                key, bits = b"per input", coalitions.bits[b]
-                solvers.clear()
-            else:
-                bits = coalitions.bits
-            if key not in solvers:
-                solvers[key] = self.solver(bits, coalitions, absent)
+            solve = self.solver(bits, coalitions, absent)
             kept = slice(None) if absent is None else (~absent).to(values.device)
-            phi[b, kept], errors[b, kept] = solvers[key](values[b])
+            for b in members:
+                phi[b, kept], errors[b, kept] = solve(values[b])
         return phi, errors
 
     def solver(self, bits: Tensor, coalitions: Coalitions, absent: Tensor | None) -> Callable:
@@ -292,16 +289,26 @@ class _Job:
 
             def permutation(values: Tensor) -> tuple[Tensor, Tensor]:
                 phi, errors = solve_permutation(paired.present, values[2::2], values[3::2], values[0], values[1])
-                return (phi, errors) if absent is None else (phi[~absent], errors[~absent])
+                if absent is None:
+                    return phi, errors
+                kept = (~absent).to(device)
+                phi, errors = phi[kept], errors[kept]
+                # A short chain gives absent players a share of their block's step.
+                return phi + (values[0] - values[1] - phi.sum(0)) / len(phi), errors
 
             return permutation
+        rows = slice(None)
         if absent is not None:
-            paired = PairedDesign(paired.present[:, (~absent).to(device)], paired.weights)
+            # Summed over absent players the kernel is that of the others. Pairs left with nobody and everybody say
+            # nothing new.
+            present = paired.present[:, (~absent).to(device)]
+            rows = present.any(1) & ~present.all(1)
+            paired = PairedDesign(present[rows], paired.weights[rows])
         if self.estimator == "adjusted":
             solve = Adjusted(paired, output_eps=_epsilon(self.evaluator.output_dtype))
         else:
             solve = Wls(paired)
-        return lambda values: solve((values[2::2] - values[3::2]) / 2, values[0] - values[1])
+        return lambda values: solve(((values[2::2] - values[3::2]) / 2)[rows], values[0] - values[1])
 
     def until(self, tolerance: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate random parts of the design, doubling, until the standard errors are small enough.
@@ -310,17 +317,17 @@ class _Job:
         """
         n_pairs = (self.coalitions.n_coalitions - 2) // 2
         generator = torch.Generator().manual_seed(seed % 2**63)
-        order = torch.randperm(n_pairs, generator=generator)
+        order = torch.randperm(n_pairs, generator=generator, device="cpu")
         done = 0
         target = max(math.ceil(1.5 * self.coalitions.n_players), n_pairs // 8)
-        linked = self.evaluate(torch.tensor([0, 1]))
+        ends = torch.tensor([0, 1], device="cpu")
+        linked = self.evaluate(ends)
         while True:
             goal = min(target, n_pairs)
             pairs = order[done:goal]
-            rows = torch.stack((2 + 2 * pairs, 3 + 2 * pairs), dim=1).flatten()
+            rows = (2 + 2 * pairs[:, None] + ends).flatten()
             linked = torch.cat((linked, self.to_link_space(self.evaluator(self.rows(rows)))), dim=1)
-            used = order[:goal]
-            used = torch.cat((torch.tensor([0, 1]), torch.stack((2 + 2 * used, 3 + 2 * used), dim=1).flatten()))
+            used = torch.cat((ends, (2 + 2 * order[:goal, None] + ends).flatten()))
             values, errors = self.solve(self.rows(used), linked)
             relative = errors.norm(dim=1) / values.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
             if goal == n_pairs or bool((relative <= tolerance).all()):

@@ -54,8 +54,9 @@ def mask_inputs(
 
     Raises:
         TypeError: inputs, masks or coalitions of a wrong dtype.
-        ValueError: shapes that do not fit, ids below -1 or beyond the coalitions' players, a baseline that an integer
-            dtype cannot hold, a wrong `out`.
+        ValueError: shapes that do not fit, ids below -1 or beyond the coalitions' players (compiled code, which cannot
+            look at ids, takes the former as always present, the latter as absent), a baseline that an integer dtype
+            cannot hold, a wrong `out`.
 
     Differentiable with respect to inputs and baselines; deterministic; cost: one write of the result.
     Source: Covert, Lundberg, Lee, "Explaining by removing", JMLR 2021 (feature removal).

@@ -10,7 +10,7 @@ from xaifast.ops import _registry
 from xaifast.ops._autograd import register_differentiable
 from xaifast.ops.masking import mask_inputs, packed_coalitions
 from xaifast.ops.plan import count_players, tracing
-from xaifast.ops.select import check_players, describe, sum_rows
+from xaifast.ops.select import describe, sum_rows
 from xaifast.reference import tokens as reference
 from xaifast.reference.masking import present_entries
 
@@ -46,9 +46,10 @@ def compact_tokens(
         token_players: integer ids of the tokens' players, -1 = always present.
         length: tokens per row of the result; at least the largest number of present tokens.
 
-    Raises: TypeError: token players or coalitions of a wrong dtype. ValueError: wrong shapes, or a coalition with
-        more than `length` present tokens (named). On CUDA, and in compiled
-            `torch.func` transforms, the data cannot be looked at without waiting: there such a row is NaN (-1 in
+    Raises:
+        TypeError: token players or coalitions of a wrong dtype.
+        ValueError: wrong shapes, or a coalition with more than `length` present tokens (named). On CUDA and in
+            `torch.func` transforms the data cannot be looked at without waiting: there such a row is NaN (-1 in
             integers).
 
     Differentiable with respect to tokens; deterministic; cost: one write of the result.
@@ -126,7 +127,6 @@ def _native_arguments(x, bits, index, length, start, stop, out) -> tuple:
 
 def _cpu(x, bits, index, length, start, stop):
     _check(x, bits, index, length, start, stop)
-    check_players("compact_rows", index, bits)
     native = _registry.native_cpu("compact_rows")
     if native is None:
         out = reference.compact_rows(x, bits, index, length, start, stop)

@@ -13,17 +13,17 @@ from torch import Tensor
 def present_entries(bits: Tensor, index: Tensor, start: int, stop: int) -> Tensor:
     """Presence of every entry of a player map in the units start..stop: bool [stop - start, P].
 
-    bits is int64 [N, W] or [B, N, W]; index holds player ids, int [P] or [B, P], where -1 means always present. Unit
-    u is coalition u % N of input u // N.
+    bits is int64 [N, W] or [B, N, W]; index holds player ids, int [P] or [B, P], where -1 means always present and an
+    id beyond the words absent. Unit u is coalition u % N of input u // N.
     """
     n_coalitions = bits.shape[-2]
     units = torch.arange(start, stop, device=bits.device)
     inputs, coalitions = units // n_coalitions, units % n_coalitions
     words = bits[coalitions] if bits.dim() == 2 else bits[inputs, coalitions]  # [U, W]
     players = (index[None] if index.dim() == 1 else index[inputs]).long()  # [1, P] or [U, P]
-    known = players.clamp(min=0)
-    word = words.gather(1, (known >> 6).expand(stop - start, -1))  # [U, P]
-    return ((word >> (known & 63)) & 1).bool() | (players < 0)
+    words = torch.nn.functional.pad(words, (0, 1))  # an empty word, for ids beyond the others
+    word = words.gather(1, (players >> 6).clamp(0, words.shape[1] - 1).expand(stop - start, -1))  # [U, P]
+    return ((word >> (players & 63)) & 1).bool() | (players < 0)
 
 
 def select_rows(

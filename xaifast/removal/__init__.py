@@ -29,7 +29,7 @@ def resolve_removal(removal: object, caller: str) -> Removal:
         return Replace()
     if isinstance(removal, Removal):
         return removal
-    if removal == "blur":
+    if isinstance(removal, str) and removal == "blur":
         return Replace(gaussian_blur)
     if isinstance(removal, type) and issubclass(removal, Removal):
         raise TypeError(f"{caller}: removal must be an instance, got the class; write {removal.__name__}()")

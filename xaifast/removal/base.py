@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..coalitions import Coalitions
@@ -56,11 +55,6 @@ class Prepared(ABC):
     n_background: int = 1
     row_bytes: int
     chunk_scale: float = 1.0
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where rows are made."""
 
     @abstractmethod
     def empty(self, n_rows: int) -> tuple[Tensor, ...]:

@@ -24,8 +24,16 @@ def gaussian_blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tenso
 
     Returns:
         ``[B, C, H, W]``; weights sum to one. Cost: ``2 * kernel`` multiply-adds a pixel.
+
+    Raises:
+        ValueError: other shapes or dtypes.
     """
-    offsets = torch.arange(kernel, dtype=torch.float64) - kernel // 2
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"xaifast.gaussian_blur: images must be floating [B, C, H, W], got {images.dtype} {list(images.shape)}; "
+            "convert them, or remove by baselines"
+        )
+    offsets = torch.arange(kernel, dtype=torch.float64, device=images.device) - kernel // 2
     taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
     taps = (taps / taps.sum()).to(images)
     channels, pad = images.shape[1], kernel // 2
@@ -80,7 +88,7 @@ def resolve_baselines(
                 )
             resolved.append(_as_dtype(baseline, x, "baselines", caller))
         elif isinstance(baseline, int | float):
-            if not x.dtype.is_floating_point and not x.dtype.is_complex and baseline != int(baseline):
+            if not x.dtype.is_floating_point and not float(baseline).is_integer():
                 raise TypeError(
                     f"{caller}: baselines must be integers for inputs of dtype {x.dtype}, got {baseline}; "
                     "pass floating inputs or an integer baseline"
@@ -133,11 +141,6 @@ class PreparedRows(Prepared):
     """Rows selected between inputs and baselines, one plan an input tensor."""
 
     plans: tuple[SelectPlan, ...]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the inputs."""
-        return self.plans[0].x.device
 
     @property
     def n_background(self) -> int:
@@ -203,7 +206,7 @@ class Replace(Removal):
 
     def _substitute(self, x: Tensor, caller: str) -> Tensor:
         with torch.no_grad():
-            made = self.substrate(x)
+            made = self.substrate(x.detach())
         if not isinstance(made, Tensor) or made.shape != x.shape:
             shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ValueError(

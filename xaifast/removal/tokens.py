@@ -14,7 +14,7 @@ from ..coalitions import Coalitions
 from ..ops.plan import SelectPlan, plan_selection
 from ..ops.tokens import compact_rows
 from ..players import Players
-from .base import Background, Group, Prepared, Removal
+from .base import Group, Prepared, Removal
 from .replace import empty_rows, resolve_baselines, slice_background
 
 # Embedding modules known to map [B, C, H, W] to [B, prefix + patches, D], patches row-major, positions added, and to be
@@ -35,9 +35,17 @@ class _Embedded(Exception):
 class _Embedding:
     """The embedding module of a model: reads its output, or stands in for it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, caller: str) -> None:
+        self.module, self._caller = module, caller
         self.tokens: Tensor | None = None
+        self.grid: tuple[int, int] = (0, 0)  # patches the projection made, down and across
+        convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+        self.projection = next((conv for conv in convolutions if conv.kernel_size == conv.stride), None)
+        if self.projection is None:
+            raise ValueError(
+                f"{caller}: the embedding {type(module).__name__} must hold a Conv2d whose stride is its kernel (the "
+                "patch projection), found none; use removal=None"
+            )
 
     def compute(self, forward: Callable, images: Tensor, args: tuple) -> Tensor:
         """Tokens ``[B, T, D]`` the model makes of images, whatever it does to them first."""
@@ -47,28 +55,38 @@ class _Embedding:
             captured.append(output)
             raise _Embedded
 
+        def measure(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self.grid = tuple(output.shape[-2:])
+
         parts = []
-        with torch.no_grad():
+        # First of the module's hooks: the others see the tokens once, when they are replaced.
+        stopped = self.module.register_forward_hook(stop, prepend=True)
+        with torch.no_grad(), stopped, self.projection.register_forward_hook(measure):
             for start in range(0, images.shape[0], _EMBED_ROWS):
-                part = images[start : start + _EMBED_ROWS]
-                handle = self.module.register_forward_hook(stop)
-                try:
+                part = images[start : start + _EMBED_ROWS].clone()  # the model may write to it
+                with contextlib.suppress(_Embedded):
                     forward(part, *(_take(arg, images.shape[0], start, part.shape[0]) for arg in args))
-                except _Embedded:
-                    pass
-                finally:
-                    handle.remove()
-                parts.append(captured.pop())
+                tokens = captured.pop() if captured else None
+                if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+                    shown = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+                    raise ValueError(
+                        f"{self._caller}: the embedding {type(self.module).__name__} must be run by forward and return "
+                        f"tokens [B, T, D], got {shown}; name another module or use removal=None"
+                    )
+                parts.append(tokens)
         return torch.cat(parts)
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """Make the module return `tokens` instead of embedding its input."""
+        own = vars(self.module).get("forward")  # wrapping libraries put one there
         self.module.forward = lambda *args, **kwargs: self.tokens
         try:
             yield
         finally:
             del self.module.forward
+            if own is not None:
+                self.module.forward = own
             self.tokens = None
 
 
@@ -110,26 +128,19 @@ def find_embedding(forward: object, name: str | None, caller: str) -> nn.Module:
     return modules[found[0]]
 
 
-def patch_players(module: nn.Module, players: Players, image: Tensor, n_tokens: int, caller: str) -> Tensor:
+def patch_players(embedding: _Embedding, players: Players, image: Tensor, n_tokens: int, caller: str) -> Tensor:
     """Player of each token, int64 ``[T]`` or ``[B, T]``, -1 for tokens that stand for no patch.
 
     Raises:
         ValueError: the mask is not constant within patches, or the tokens do not match the patch grid.
     """
-    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride), None)
-    if conv is None:
-        raise ValueError(
-            f"{caller}: the embedding {type(module).__name__} must hold a Conv2d whose stride is its kernel (the patch "
-            "projection), found none; use removal=None"
-        )
     channels, height, width = image.shape
-    patch_h, patch_w = conv.kernel_size
-    if height % patch_h or width % patch_w:
+    grid, (patch_h, patch_w) = embedding.grid, embedding.projection.kernel_size
+    if (grid[0] * patch_h, grid[1] * patch_w) != (height, width):
         raise ValueError(
-            f"{caller}: images of {height} x {width} pixels are not whole patches of {patch_h} x {patch_w}; "
-            "use removal=None"
+            f"{caller}: images must be whole patches of the model and reach it unresized, got {height} x {width} "
+            f"pixels for {grid[0]} x {grid[1]} patches of {patch_h} x {patch_w}; resize before, or use removal=None"
         )
-    grid = (height // patch_h, width // patch_w)
     prefix = n_tokens - grid[0] * grid[1]
     if prefix < 0:
         raise ValueError(
@@ -172,11 +183,6 @@ class PreparedSelect(_PreparedTokens):
     plan: SelectPlan
 
     @property
-    def device(self) -> torch.device:
-        """Device of the tokens."""
-        return self.plan.x.device
-
-    @property
     def n_background(self) -> int:
         """R of the background, 1 without one."""
         return self.plan.n_background
@@ -208,11 +214,6 @@ class PreparedDrop(_PreparedTokens):
     tokens_of: Tensor  # float64 [M] or [B, M] on the CPU: how many tokens a player has
     n_prefix: int
     length: int = field(default=0)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the tokens."""
-        return self.tokens.device
 
     @property
     def row_bytes(self) -> int:
@@ -273,11 +274,9 @@ class _TokenRemoval(Removal):
                 f"{caller}: TokenDrop/TokenSelect need one image tensor [B, C, H, W], got "
                 f"{[tuple(x.shape) for x in inputs]}"
             )
-        embedding = _Embedding(find_embedding(forward, self.embeddings, caller))
+        embedding = _Embedding(find_embedding(forward, self.embeddings, caller), caller)
         tokens = embedding.compute(forward, inputs[0].detach(), args)
-        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
-            raise ValueError(f"{caller}: the embedding must return tokens [B, T, D], got {type(tokens).__name__}")
-        return embedding, tokens, patch_players(embedding.module, players, inputs[0][0], tokens.shape[1], caller)
+        return embedding, tokens, patch_players(embedding, players, inputs[0][0], tokens.shape[1], caller)
 
     @abstractmethod
     def prepare(
@@ -333,7 +332,7 @@ class TokenSelect(_TokenRemoval):
             plan = plan_selection(tokens, index, background=base)
         else:
             plan = plan_selection(tokens, index, base if base.shape[0] > 1 else base[0])
-        return PreparedSelect(embedding=embedding, image=images[:1].detach(), plan=plan)
+        return PreparedSelect(embedding=embedding, image=images[:1].detach().clone(), plan=plan)
 
 
 def _first(args: tuple, images: Tensor) -> tuple:
@@ -368,7 +367,7 @@ class TokenDrop(_TokenRemoval):
         caller: str,
     ) -> PreparedDrop:
         """Embed the inputs once."""
-        if isinstance(baselines, Background | Tensor | tuple) or baselines != 0:
+        if not (isinstance(baselines, int | float) and baselines == 0):
             raise ValueError(
                 f"{caller}: removal=TokenDrop() drops absent patches and takes no baselines, got "
                 f"{type(baselines).__name__}; leave baselines out, or use TokenSelect()"
@@ -381,11 +380,11 @@ class TokenDrop(_TokenRemoval):
                 "use TokenSelect()"
             )
         ids = token_players[..., n_prefix:].cpu()
-        tokens_of = torch.zeros(*ids.shape[:-1], players.n_players, dtype=torch.float64)
-        tokens_of.scatter_add_(-1, ids, torch.ones(ids.shape, dtype=torch.float64))
+        tokens_of = torch.zeros(*ids.shape[:-1], players.n_players, dtype=torch.float64, device="cpu")
+        tokens_of.scatter_add_(-1, ids, torch.ones_like(ids, dtype=torch.float64))
         return PreparedDrop(
             embedding=embedding,
-            image=inputs[0][:1].detach(),
+            image=inputs[0][:1].detach().clone(),
             tokens=tokens.contiguous(),
             token_players=token_players.to(torch.int32).contiguous(),
             tokens_of=tokens_of,

@@ -34,9 +34,12 @@ XAIFAST_SHARED int nth_set_bit(uint32_t word, int k) {
   return position;
 }
 
-// Whether an element of the player map `player` is present in a coalition; -1 belongs to no player: always present.
-XAIFAST_SHARED bool is_present(const int64_t* bits /* [W] */, int32_t player) {
-  return player < 0 || ((static_cast<uint64_t>(bits[player >> 6]) >> (player & 63)) & 1);
+// Whether an element of the player map `player` is present in a coalition. -1 belongs to no player: always present; a
+// player beyond the words is absent.
+XAIFAST_SHARED bool is_present(const int64_t* bits /* [W] */, int64_t words, int32_t player) {
+  if (player < 0) return true;
+  const int64_t w = player >> 6;
+  return w < words ? (static_cast<uint64_t>(bits[w]) >> (player & 63)) & 1 : false;
 }
 
 }  // namespace xaifast

@@ -12,7 +12,7 @@ struct SelectRows {
   const uint8_t* x;                                        // [B, F]
   const uint8_t* baseline;                                 // [R, F] or [B, R, F]
   const int64_t* bits;                                     // [N, W] or [B, N, W]
-  const int32_t* index;                                    // [P] or [B, P]; player of an entry, -1: always present
+  const int32_t* index;                                    // [P] or [B, P]; player of an entry, as is_present takes it
   int64_t entry_bytes;                                     // unit * itemsize: the bytes that share one entry
   int64_t n_coalitions, n_background, rep, period, words;  // N, R, F / (P * unit), P, W
   bool bits_per_input, index_per_input, baseline_per_input;
@@ -24,7 +24,7 @@ struct CompactRows {
   uint8_t* out;          // [stop - start, length, row_bytes]
   const uint8_t* x;      // [B, T, row_bytes]
   const int64_t* bits;   // [N, W] or [B, N, W]
-  const int32_t* index;  // [T] or [B, T]; player of a token, -1: always present
+  const int32_t* index;  // [T] or [B, T]; player of a token, as is_present takes it
   int64_t row_bytes, n_coalitions, n_tokens, length, words;
   bool bits_per_input, index_per_input;
   int64_t start, stop;

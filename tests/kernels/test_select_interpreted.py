@@ -1,4 +1,4 @@
-"""The Triton kernel of select_rows, run by Triton's interpreter on the CPU: TRITON_INTERPRET=1 pytest tests/triton."""
+"""The Triton kernel of select_rows, run by Triton's interpreter on the CPU: TRITON_INTERPRET=1 pytest tests/kernels."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("set TRITON_INTERPRET=1 and run tests/triton in a process of its own", allow_module_level=True)
+    pytest.skip("set TRITON_INTERPRET=1 and run tests/kernels in a process of its own", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
 from xaifast.kernels import select
@@ -93,6 +93,25 @@ def test_ranges(start, stop, per_input):
 def test_coalitions_per_program(units, start, stop, monkeypatch):
     monkeypatch.setattr(select, "_UNITS", (units,))
     check(case(3, 7, 1, 19), start, stop)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "groups"),  # 7 groups of 16 coalitions in each input of 100
+    [(0, 300, 21), (4, 5, 1), (90, 96, 1), (93, 98, 2), (96, 100, 1), (98, 102, 2), (250, 300, 4), (99, 201, 9)],
+)
+def test_programs_are_spent_on_the_range_alone(start, stop, groups, monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return lambda *args, **constexprs: None
+
+    monkeypatch.setattr(select, "_UNITS", (16,))
+    monkeypatch.setattr(select, "select_rows_kernel", Kernel())
+    x, bits, index, baseline, rep, unit = case(3, 100, 1, 3000)
+    select.select_rows(x, bits, index, baseline, rep, unit, start, stop, torch.empty(stop - start, 1, 3000))
+    assert launched == [(groups * 3,)]
 
 
 def test_present_and_absent_everywhere():
