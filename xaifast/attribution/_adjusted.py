@@ -45,8 +45,8 @@ def size_features(n_players: int) -> Tensor:
     Returns:
         float64 ``[M + 1, Q]`` on the CPU, row s for size s, ``Q = min(5, (M + 1) // 2)``. Cost O(M).
     """
-    t = (2 * torch.arange(n_players + 1, dtype=torch.float64) / n_players - 1) / 0.5
-    powers = torch.arange(1, 40, 2, dtype=torch.float64)
+    t = (2 * torch.arange(n_players + 1, dtype=torch.float64, device="cpu") / n_players - 1) / 0.5
+    powers = torch.arange(1, 40, 2, dtype=torch.float64, device="cpu")
     series = t[:, None] ** powers * torch.exp(-0.5 * t[:, None] ** 2 - 0.5 * torch.lgamma(powers + 1))
     left, scale, _ = torch.linalg.svd(series, full_matrices=False)
     return (left * scale)[:, : min(_SIZE_RANK, (n_players + 1) // 2)].contiguous()
