@@ -169,9 +169,7 @@ def main() -> None:
         )
         own_error = float((reference.std_errors.norm(dim=1) / reference.values.norm(dim=1)).median())
         reference = reference.values.double()
-        print(
-            f"\n{name}: test accuracy {accuracy:.3f}, reference of {N_REFERENCE} evaluations (error {own_error:.5f})"
-        )
+        print(f"\n{name}: test accuracy {accuracy:.3f}, reference of {N_REFERENCE} evaluations (error {own_error:.5f})")
         methods = {"shap": by_shap, "captum": by_captum, **{e: ours(e) for e in ("wls", "adjusted", "permutation")}}
         curve: dict[str, list[tuple[int, float, float]]] = {}
         for method, function in methods.items():

@@ -106,6 +106,8 @@ class LaneMask {
     }
   }
 
+  const States& states() const { return states_; }
+
  private:
   template <typename T>
   void expand_as(uint8_t* mask, const int32_t* index, int64_t n) const {

@@ -5,8 +5,10 @@
 #include "lane_mask.h"
 #include "xaifast/rows.h"
 
-// A masked row is a selection of bytes between x and a baseline row, so the kernel knows no dtype. Two ways to make it:
+// A masked row is a selection of bytes between x and a baseline row, so the kernel knows no dtype. Three ways to make
+// it:
 // - runs: neighbouring entries of one player are copied together, and neighbouring runs of one state are merged;
+// - entries: where runs are short but an entry is a vector, each entry is copied from where its state says;
 // - lanes: where runs are short, the coalition is expanded once into a byte mask of the entries, and the rows of all
 //   repetitions and background rows are blended with it.
 // Units are made one after the other, which keeps the writing sequential: measured faster than going block by block
@@ -15,11 +17,12 @@ namespace xaifast::XAIFAST_ISA {
 namespace {
 
 constexpr int64_t kRunBytes = 32;        // runs at least this long on average are copied
+constexpr int64_t kEntryRunBytes = 256;  // the same where entries are vectors
 constexpr int64_t kLongBytes = 2048;     // pieces at least this long are left to the C library
 constexpr int64_t kBlockRuns = 1024;     // whose pieces are found before the repetitions copy them
 constexpr int64_t kBlockBytes = 4096;    // of mask: stays in the first-level cache while rows are blended with it
 constexpr int64_t kPatternBytes = 1024;  // rows shorter than half of this are blended several at a time
-constexpr int64_t kParallelBytes = int64_t{1} << 22;
+constexpr int64_t kParallelBytes = int64_t{1} << 19;
 
 struct Run {
   int64_t begin;  // bytes from the start of a period
@@ -104,6 +107,22 @@ void select_by_runs(const Plan& plan, const Unit& unit) {
   }
 }
 
+template <int64_t kBytes>
+void select_by_entries(const Plan& plan, const Unit& unit) {
+  const LaneMask lanes(unit.bits, plan.a.words, kBytes, plan.lookup);
+  const States& states = lanes.states();
+  for (int64_t r = 0; r < plan.repeats; ++r) {
+    uint8_t* out = unit.out + r * plan.period;
+    const auto x = reinterpret_cast<uintptr_t>(unit.x + r % plan.a.rep * plan.period);
+    const auto baseline = reinterpret_cast<uintptr_t>(unit.baseline + r * plan.period);
+    for (int64_t p = 0; p < plan.a.period; ++p) {
+      const auto state = static_cast<uintptr_t>(states.of(plan.index[p]));  // no branch: it would be mispredicted
+      const auto from = reinterpret_cast<const uint8_t*>(baseline ^ ((x ^ baseline) & state));
+      __builtin_memcpy(out + p * kBytes, from + p * kBytes, kBytes);
+    }
+  }
+}
+
 void select_by_lanes(const Plan& plan, const Unit& unit) {
   const SelectRows& a = plan.a;
   const LaneMask lanes(unit.bits, a.words, a.entry_bytes, plan.lookup);
@@ -139,15 +158,22 @@ void select_by_patterns(const Plan& plan, const Unit& unit) {
 Status select_units(const SelectRows& a, const int32_t* index, int64_t start, int64_t stop) {
   Plan plan = {
       a, index, nullptr, count_runs(index, a.period), Lookup::kBits, a.period * a.entry_bytes, a.n_background * a.rep};
+  const bool vectors = a.entry_bytes == 16 || a.entry_bytes == 32 || a.entry_bytes == 64;
   Run* runs = nullptr;
-  if (plan.period >= plan.n_runs * kRunBytes) {
+  if (plan.period >= plan.n_runs * (vectors ? kEntryRunBytes : kRunBytes)) {
     plan.runs = runs = static_cast<Run*>(std::malloc((plan.n_runs + 1) * sizeof(Run)));
     if (runs == nullptr) return Status::kNoMemory;
     find_runs(index, a.period, a.entry_bytes, runs);
   } else {
     plan.lookup = choose_lookup(index, a.period, a.words);
+    if (vectors && plan.lookup == Lookup::kStretch) {
+      plan.lookup = a.words * 64 <= kTablePlayers ? Lookup::kTable : Lookup::kBits;
+    }
   }
   const auto select = runs != nullptr                                                  ? select_by_runs
+                      : a.entry_bytes == 16                                            ? select_by_entries<16>
+                      : a.entry_bytes == 32                                            ? select_by_entries<32>
+                      : a.entry_bytes == 64                                            ? select_by_entries<64>
                       : a.n_background > 1 && a.rep * plan.period <= kPatternBytes / 2 ? select_by_patterns
                                                                                        : select_by_lanes;
   const bool parallel = (stop - start) * plan.repeats * plan.period >= kParallelBytes;

@@ -266,9 +266,15 @@ class _Job:
             if absent is not None and not bool(absent.any()):
                 absent = None
             solve = self.solver(bits, coalitions, absent)
-            kept = slice(None) if absent is None else (~absent).to(values.device)
-            for b in members:
-                phi[b, kept], errors[b, kept] = solve(values[b])
+            absent = torch.zeros(coalitions.n_players, dtype=torch.bool, device="cpu") if absent is None else absent
+            kept = (~absent).nonzero().squeeze(1).to(values.device)
+            rows = torch.tensor(members, device=values.device)
+            if self.estimator == "adjusted":  # it keeps outputs apart, so all inputs are one call
+                columns = values[rows].transpose(0, 1).flatten(1)  # [n, inputs * K]
+                solved = [part.unflatten(1, (len(members), -1)).transpose(0, 1) for part in solve(columns)]
+            else:  # an output's last bits may depend on the others of a call, so each input has a call of its own
+                solved = [torch.stack(part) for part in zip(*(solve(values[b]) for b in members), strict=True)]
+            phi[rows[:, None], kept], errors[rows[:, None], kept] = solved
         return phi, errors
 
     def solver(self, bits: Tensor, coalitions: Coalitions, absent: Tensor | None) -> Callable:

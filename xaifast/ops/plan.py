@@ -273,8 +273,18 @@ def _player_index(inputs: Tensor, feature_mask: Tensor | None, last: bool, read:
     players = players.expand(
         players.shape[0], *players.shape[1 : first + 1], *shape[first:end], *players.shape[end + 1 :]
     )
-    index = players.reshape(players.shape[0], math.prod(shape[first:end])).to(torch.int32).contiguous()
-    return (index[0] if index.shape[0] == 1 else index), math.prod(shape[:first]), math.prod(shape[end:])
+    index = players.reshape(players.shape[0], math.prod(shape[first:end])).to(torch.int32)
+    run = _run_length(index) if read else 1
+    index = index[:, ::run].contiguous()
+    return (index[0] if index.shape[0] == 1 else index), math.prod(shape[:first]), run * math.prod(shape[end:])
+
+
+def _run_length(index: Tensor) -> int:
+    """Largest number of neighbours ``[B, P]`` falls into aligned groups of, each of one player."""
+    if index.shape[1] == 0:
+        return 1
+    starts = (index[:, 1:] != index[:, :-1]).any(0).nonzero().squeeze(1) + 1
+    return math.gcd(index.shape[1], *starts.tolist())
 
 
 def _varies(players: Tensor, dim: int, read: bool) -> bool:
