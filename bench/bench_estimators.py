@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import xaifast
 
-N_REFERENCE = 100_000
-N_CURVE = (200, 260, 350, 500, 700, 1000, 1400, 2000)
+N_REFERENCE = 60_000
+N_CURVE = (200, 300, 400, 500, 600, 700, 850, 1000, 2000)
 
 
 def digits28() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,9 +47,9 @@ def digits28() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def cnn() -> nn.Module:
     """A small convolutional network."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10),
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 49, 32), nn.ReLU(), nn.Linear(32, 10),
     )  # fmt: skip
 
 

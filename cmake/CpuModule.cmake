@@ -1,4 +1,4 @@
-# xaifast._cpu. The kernels that move much memory are compiled once per instruction set, each into its own namespace;
+# xaifast._cpu. The kernels that move much memory or compute much are compiled once per instruction set, each into its own namespace;
 # the binding picks a table at import. Everything else is compiled once, at the baseline.
 include(CheckCXXCompilerFlag)
 
@@ -14,7 +14,7 @@ if(OpenMP_CXX_FOUND)
   target_link_libraries(xaifast_cpu_flags INTERFACE OpenMP::OpenMP_CXX)
 endif()
 
-set(_isa_sources csrc/cpu/select.cpp csrc/cpu/compact.cpp)
+set(_isa_sources csrc/cpu/select.cpp csrc/cpu/compact.cpp csrc/cpu/cubic.cpp)
 set(XAIFAST_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   foreach(_isa v3 v4)

@@ -269,6 +269,19 @@ def test_active_dropout_is_found_behind_callables(wrap):
     evaluator(forwards[wrap], torch.ones(1, 3))
 
 
+def test_stochastic_depth_is_found():
+    class DropPath(nn.Module):  # as timm and Hugging Face call it
+        drop_prob = 0.1
+
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(nn.Linear(3, 3), DropPath())
+    with pytest.raises(ValueError, match="DropPath"):
+        evaluator(model, torch.ones(1, 3))
+    evaluator(model.eval(), torch.ones(1, 3))
+
+
 def test_autocast_reaches_the_model():
     dtypes = set()
     layer = nn.Linear(4, 2).eval()

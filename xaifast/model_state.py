@@ -50,6 +50,8 @@ def _why_random(module: nn.Module) -> str | None:
         return "has no running statistics and uses those of its batch; set track_running_stats=True"
     if isinstance(module, _DropoutNd):
         active = module.p > 0
+    elif type(module).__name__ in ("DropPath", "StochasticDepth"):  # of timm, Hugging Face and torchvision
+        active = bool(getattr(module, "drop_prob", None) or getattr(module, "p", None))
     elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         active = module.dropout > 0
     elif isinstance(module, _InstanceNorm):

@@ -6,15 +6,15 @@
 #include <string>
 
 #include "xaifast/coalitions.h"
+#include "xaifast/kernels.h"
 #include "xaifast/philox.h"
-#include "xaifast/rows.h"
 
 namespace py = pybind11;
 using namespace xaifast;
 
 namespace {
 
-RowKernels kernels;
+Kernels kernels;
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
@@ -26,7 +26,7 @@ T* pointer(uintptr_t address) {
 }
 
 // The fastest kernels this processor runs, or those named by XAIFAST_CPU_ISA.
-RowKernels choose_kernels(const RowKernels* table, int count) {
+Kernels choose_kernels(const Kernels* table, int count) {
   const char* wanted = std::getenv("XAIFAST_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
     while (count > 1 && !cpu_has(table[count - 1].isa)) --count;
@@ -80,6 +80,25 @@ int64_t py_compact_rows(uintptr_t out, uintptr_t x, uintptr_t bits, uintptr_t in
       n_threads < 1 ? 1 : n_threads);
 }
 
+void py_cubic_regression(uintptr_t columns, uintptr_t weights, uintptr_t size_weights, uintptr_t diagonal, uintptr_t y,
+                         uintptr_t probes, uintptr_t alpha, uintptr_t quadratic, uintptr_t log_determinant,
+                         uintptr_t inverse_diagonal, uintptr_t info, int64_t n_outputs, int64_t n_rows,
+                         int64_t n_players, int64_t n_sizes, int64_t n_probes, int n_threads) {
+  require(n_outputs >= 0 && n_rows >= 0 && n_players >= 0 && n_sizes >= 0 && n_probes >= 0,
+          "cubic_regression: sizes must not be negative");
+  if (n_outputs == 0) return;
+  require(n_rows > 0 && n_players > 0, "cubic_regression: a row and a player are needed");
+  require(columns && weights && size_weights && diagonal && y && (probes || n_probes == 0),
+          "cubic_regression: null pointer");
+  require(alpha && quadratic && log_determinant && info, "cubic_regression: null pointer");
+  const Status status = kernels.cubic_regression(
+      {pointer<const double>(columns), pointer<const double>(weights), pointer<const double>(size_weights),
+       pointer<const double>(diagonal), pointer<const double>(y), pointer<const double>(probes), pointer<double>(alpha),
+       pointer<double>(quadratic), pointer<double>(log_determinant), pointer<double>(inverse_diagonal),
+       pointer<int32_t>(info), n_outputs, n_rows, n_players, n_sizes, n_probes, n_threads < 1 ? 1 : n_threads});
+  if (status == Status::kNoMemory) throw std::bad_alloc();
+}
+
 void py_sample_coalitions(int64_t n_players, int64_t n_samples, int design, uint64_t seed, uint64_t block,
                           uintptr_t bits, uintptr_t weights) {
   require(0 <= design && design <= 2, "sample_coalitions: design must be 0 (leverage), 1 (kernel) or 2 (chain)");
@@ -98,7 +117,7 @@ std::array<uint32_t, 4> py_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "xaifast's CPU kernels. Pointers are integers; callers own the checks of shapes and dtypes.";
-  RowKernels table[kMaxIsas];
+  Kernels table[kMaxIsas];
   const int count = compiled_kernels(table);
   kernels = choose_kernels(table, count);
   py::tuple isas(count);
@@ -107,6 +126,7 @@ PYBIND11_MODULE(_cpu, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("select_rows", &py_select_rows, release);
   m.def("compact_rows", &py_compact_rows, release);
+  m.def("cubic_regression", &py_cubic_regression, release);
   m.def("sample_coalitions", &py_sample_coalitions, release);
   m.def("nth_set_bit", [](uint32_t word, int k) { return nth_set_bit(word, k); });
   m.def("philox", [](py::sequence counter, py::sequence key) {

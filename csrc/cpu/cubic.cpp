@@ -6,29 +6,28 @@
 
 #include "xaifast/bits.h"
 
-// One thread does the whole regression of an output. All flops are in one loop: a tile of registers, kept while products
-// are subtracted from it one after the other. Every element of every matrix is a sum in the order of its index,
-// whatever the shape of a tile: threads, neighbours and instruction sets do not change a bit.
+// One thread does the whole regression of an output. Nearly all flops are in one loop: a tile of registers, from which
+// products are subtracted one after the other. An element of a matrix is a sum in the order of its index whatever the
+// shape of a tile: threads, neighbours and instruction sets do not change a bit.
 //
 // Matrices are cut into panels of kPanel columns, stored [rows, kPanel]. The factor is U = L' with the rows of a panel
 // ending at its diagonal: half of the square, and what a tile reads is contiguous.
 namespace xaifast::XAIFAST_ISA {
 namespace {
 
+// A tile fills half of the registers. Its vectors lie along the columns.
 #if defined(__AVX512F__)
-constexpr int64_t kLanes = 8, kTileRows = 8, kTileVectors = 2;
+constexpr int64_t kLanes = 8, kTileRows = 8, kTileVectors = 1;
 #elif defined(__AVX__)
 constexpr int64_t kLanes = 4, kTileRows = 4, kTileVectors = 2;
 #else
 constexpr int64_t kLanes = 2, kTileRows = 4, kTileVectors = 2;
 #endif
-constexpr int64_t kPanel = 16, kTileColumns = kLanes * kTileVectors;
-constexpr int64_t kRowBlock = 8;  // rows are filled up to it, in all instruction sets
-static_assert(kPanel % kTileColumns == 0 && kPanel % kRowBlock == 0 && kRowBlock % kTileRows == 0, "tiles must fit");
+constexpr int64_t kPanel = 8, kTileColumns = kLanes * kTileVectors;
 
 typedef double Vector __attribute__((vector_size(kLanes * sizeof(double))));
 
-XAIFAST_SHARED int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+XAIFAST_SHARED int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
 XAIFAST_SHARED Vector load(const double* in) {
   Vector value;
@@ -42,17 +41,13 @@ XAIFAST_SHARED void store(double* out, Vector value) { __builtin_memcpy(out, &va
 typedef Vector Tile[kTileRows][kTileVectors];
 
 XAIFAST_SHARED void load_tile(Tile& tile, const double* in) {
-#pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
     for (int64_t v = 0; v < kTileVectors; ++v) tile[r][v] = load(in + r * kPanel + v * kLanes);
   }
 }
 
 XAIFAST_SHARED void store_tile(double* out, const Tile& tile) {
-#pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
     for (int64_t v = 0; v < kTileVectors; ++v) store(out + r * kPanel + v * kLanes, tile[r][v]);
   }
 }
@@ -60,12 +55,9 @@ XAIFAST_SHARED void store_tile(double* out, const Tile& tile) {
 // tile[r] -= a[r * down] * b for one row b of a panel.
 XAIFAST_SHARED void subtract_product(Tile& tile, const double* a, int64_t down, const double* b) {
   Vector row[kTileVectors];
-#pragma GCC unroll 2
   for (int64_t v = 0; v < kTileVectors; ++v) row[v] = load(b + v * kLanes);
-#pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r) {
     const double factor = a[r * down];
-#pragma GCC unroll 2
     for (int64_t v = 0; v < kTileVectors; ++v) tile[r][v] -= factor * row[v];
   }
 }
@@ -95,47 +87,41 @@ void pack_rows(double* out, const double* in, int64_t n_rows, int64_t n_columns)
 }
 
 // Doubles of a factor of n_rows rows.
-int64_t factor_size(int64_t n_rows) {
-  const int64_t panels = round_up(n_rows, kPanel) / kPanel;
-  return panels * (panels + 1) / 2 * kPanel * kPanel;
-}
+int64_t factor_size(int64_t n_rows) { return padded(n_rows) * (padded(n_rows) + kPanel) / 2; }
 
 class Regression {
  public:
   // Doubles of work space.
   static int64_t work_size(const CubicRegression& a) {
-    const int64_t rows = round_up(a.n_rows, kPanel);
-    return factor_size(a.n_rows) + rows * (kPanel + 2) + (a.n_players + a.n_sizes) * kPanel;
+    return factor_size(a.n_rows) + padded(a.n_rows) * (kPanel + 2) + (a.n_players + a.n_sizes) * kPanel;
   }
 
   Regression(const CubicRegression& a, const double* columns, const double* probes, double* work)
-      : a_(a), columns_(columns), probes_(probes), rows_(round_up(a.n_rows, kRowBlock)) {
-    const int64_t rows = round_up(a.n_rows, kPanel);
+      : a_(a), columns_(columns), probes_(probes), rows_(padded(a.n_rows)) {
     factor_ = work;
     panel_ = factor_ + factor_size(a.n_rows);
-    scaled_ = panel_ + rows * kPanel;
+    scaled_ = panel_ + rows_ * kPanel;
     reciprocals_ = scaled_ + (a.n_players + a.n_sizes) * kPanel;
-    solution_ = reciprocals_ + rows;
+    solution_ = reciprocals_ + rows_;
   }
 
   void run(int64_t output) {
     const int64_t n = a_.n_rows;
-    double quadratic = 0.0, log_determinant = 0.0;
-    int64_t bad = 0;
-    for (int64_t j = 0; j < rows_ && bad == 0; j += kPanel) {
-      build(output, j);
-      substitute(factor_panel(j), 0, j);
-      bad = factorise_diagonal(j, &log_determinant);
-      substitute_output(a_.y + output * n, j);
-    }
     double* alpha = a_.alpha + output * n;
     double* diagonal = a_.inverse_diagonal ? a_.inverse_diagonal + output * n : nullptr;
-    a_.info[output] = static_cast<int32_t>(bad);
-    if (bad != 0) {
-      a_.quadratic[output] = a_.log_determinant[output] = NAN;
-      for (int64_t i = 0; i < n; ++i) alpha[i] = NAN;
-      for (int64_t i = 0; diagonal && i < n; ++i) diagonal[i] = NAN;
-      return;
+    double quadratic = 0.0, log_determinant = 0.0;
+    for (int64_t j = 0; j < rows_; j += kPanel) {
+      build(output, j);
+      substitute(factor_panel(j), 0, j);
+      const int64_t bad = factorise_diagonal(j, &log_determinant);
+      a_.info[output] = static_cast<int32_t>(bad);
+      if (bad != 0) {
+        a_.quadratic[output] = a_.log_determinant[output] = NAN;
+        for (int64_t i = 0; i < n; ++i) alpha[i] = NAN;
+        for (int64_t i = 0; diagonal && i < n; ++i) diagonal[i] = NAN;
+        return;
+      }
+      substitute_output(a_.y + output * n, j);
     }
     for (int64_t i = 0; i < n; ++i) quadratic += solution_[i] * solution_[i];
     a_.quadratic[output] = quadratic;
@@ -162,21 +148,19 @@ class Regression {
       for (int64_t c = 0; c < kPanel; ++c) scaled_[k * kPanel + c] = -weight * own[k * kPanel + c];
     }
     double* out = factor_panel(j);
-    for (int64_t i = 0; i < j + kPanel && i < rows_; i += kTileRows) {
+    for (int64_t i = 0; i < j + kPanel; i += kTileRows) {
       const double* other = columns_ + (i - i % kPanel) * n_columns + i % kPanel;
       for (int64_t c = 0; c < kPanel; c += kTileColumns) {
         Tile tile = {};
         subtract_products(tile, other, scaled_ + c, n_players);
-#pragma GCC unroll 8
         for (int64_t r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
           for (int64_t v = 0; v < kTileVectors; ++v) tile[r][v] *= 1.0 + tile[r][v] * tile[r][v];
         }
         subtract_products(tile, other + n_players * kPanel, scaled_ + n_players * kPanel + c, a_.n_sizes);
         store_tile(out + i * kPanel + c, tile);
       }
     }
-    for (int64_t i = j; i < j + kPanel && i < rows_; ++i) {
+    for (int64_t i = j; i < j + kPanel; ++i) {
       out[i * kPanel + i - j] += i < a_.n_rows ? a_.diagonal[output * a_.n_rows + i] : 1.0;
     }
   }
@@ -191,11 +175,9 @@ class Regression {
         subtract_products(tile, u + first * kPanel, x + first * kPanel + c, i - first);
 #pragma GCC unroll 8
         for (int64_t r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
           for (int64_t v = 0; v < kTileVectors; ++v) tile[r][v] *= reciprocals_[i + r];
 #pragma GCC unroll 8
           for (int64_t s = r + 1; s < kTileRows; ++s) {
-#pragma GCC unroll 2
             for (int64_t v = 0; v < kTileVectors; ++v) tile[s][v] -= u[(i + r) * kPanel + s] * tile[r][v];
           }
         }
@@ -204,26 +186,24 @@ class Regression {
     }
   }
 
-  // Solves U X = B in place of B for a panel.
+  // Solves U X = B in place of B for a panel, products in falling order.
   void substitute_back(double* x) const {
     for (int64_t i = rows_ - kTileRows; i >= 0; i -= kTileRows) {
       for (int64_t c = 0; c < kPanel; c += kTileColumns) {
         Tile tile;
         load_tile(tile, x + i * kPanel + c);
-        for (int64_t k = rows_; k > i + kTileRows;) {
-          const int64_t j = (k - 1) / kPanel * kPanel, end = j > i + kTileRows ? j : i + kTileRows;
-          const double* u = factor_panel(j) + i * kPanel - j;
-          for (--k; k >= end; --k) subtract_product(tile, u + k, kPanel, x + k * kPanel + c);
-          ++k;
+        for (int64_t j = rows_ - kPanel; j >= i - i % kPanel; j -= kPanel) {
+          const double* u = factor_panel(j) + i * kPanel;
+          for (int64_t k = kPanel - 1; k >= 0 && j + k >= i + kTileRows; --k) {
+            subtract_product(tile, u + k, kPanel, x + (j + k) * kPanel + c);
+          }
         }
         const double* u = factor_column(i) + i * kPanel;
 #pragma GCC unroll 8
         for (int64_t r = kTileRows - 1; r >= 0; --r) {
-#pragma GCC unroll 2
           for (int64_t v = 0; v < kTileVectors; ++v) tile[r][v] *= reciprocals_[i + r];
 #pragma GCC unroll 8
           for (int64_t s = 0; s < r; ++s) {
-#pragma GCC unroll 2
             for (int64_t v = 0; v < kTileVectors; ++v) tile[s][v] -= u[s * kPanel + r] * tile[r][v];
           }
         }
@@ -235,7 +215,7 @@ class Regression {
   // Factorises the diagonal block of a panel whose rows above it are done. Returns 0 or the failing row, from 1.
   int64_t factorise_diagonal(int64_t j, double* log_determinant) {
     double* x = factor_panel(j);
-    for (int64_t i = j; i < j + kPanel && i < rows_; i += kTileRows) {
+    for (int64_t i = j; i < j + kPanel; i += kTileRows) {
       for (int64_t c = 0; c < kPanel; c += kTileColumns) {
         Tile tile;
         load_tile(tile, x + i * kPanel + c);
@@ -263,15 +243,12 @@ class Regression {
     double* z = solution_ + j;
     for (int64_t c = 0; c < kPanel; ++c) z[c] = j + c < a_.n_rows ? y[j + c] : 0.0;
     Vector sums[kPanel / kLanes];
-#pragma GCC unroll 8
     for (int64_t v = 0; v < kPanel / kLanes; ++v) sums[v] = load(z + v * kLanes);
     for (int64_t k = 0; k < j; ++k) {
-#pragma GCC unroll 8
       for (int64_t v = 0; v < kPanel / kLanes; ++v) sums[v] -= solution_[k] * load(u + k * kPanel + v * kLanes);
     }
-#pragma GCC unroll 8
     for (int64_t v = 0; v < kPanel / kLanes; ++v) store(z + v * kLanes, sums[v]);
-    for (int64_t r = 0; r < kPanel && j + r < rows_; ++r) {
+    for (int64_t r = 0; r < kPanel; ++r) {
       z[r] *= reciprocals_[j + r];
       for (int64_t c = r + 1; c < kPanel; ++c) z[c] -= u[(j + r) * kPanel + c] * z[r];
     }
@@ -280,10 +257,10 @@ class Regression {
   // U alpha = z in place of z. Products of a row are summed lane by lane, then over the lanes.
   void substitute_output_back() {
     memset(panel_, 0, rows_ * kPanel * sizeof(double));
-    for (int64_t j = (rows_ - 1) / kPanel * kPanel; j >= 0; j -= kPanel) {
+    for (int64_t j = rows_ - kPanel; j >= 0; j -= kPanel) {
       const double* u = factor_panel(j);
       double* z = solution_ + j;
-      for (int64_t r = (rows_ - j < kPanel ? rows_ - j : kPanel) - 1; r >= 0; --r) {
+      for (int64_t r = kPanel - 1; r >= 0; --r) {
         double rest = z[r] - sum_lanes(panel_ + (j + r) * kPanel);
         for (int64_t c = r + 1; c < kPanel; ++c) rest -= u[(j + r) * kPanel + c] * z[c];
         z[r] = rest * reciprocals_[j + r];
@@ -298,7 +275,7 @@ class Regression {
   void invert_diagonal(double* out) {
     for (int64_t j = 0; j < rows_; j += kPanel) {
       memset(panel_ + j * kPanel, 0, (rows_ - j) * kPanel * sizeof(double));
-      for (int64_t i = j; i < j + kPanel && i < rows_; ++i) panel_[i * kPanel + i - j] = 1.0;
+      for (int64_t i = j; i < j + kPanel; ++i) panel_[i * kPanel + i - j] = 1.0;
       substitute(panel_, j, rows_);
       double sums[kPanel] = {};
       for (int64_t i = j; i < rows_; ++i) {
@@ -337,19 +314,20 @@ class Regression {
   double* solution_;     // [rows]
 };
 
-double* allocate(int64_t n) { return static_cast<double*>(aligned_alloc(64, round_up(n * sizeof(double), 64))); }
+double* allocate(int64_t n) { return static_cast<double*>(aligned_alloc(64, padded(n) * sizeof(double))); }
 
 }  // namespace
 
 Status cubic_regression(const CubicRegression& a) {
-  const int64_t n_columns = a.n_players + a.n_sizes, rows = round_up(a.n_rows, kPanel);
-  double* packed = allocate(rows * n_columns + a.n_rows * round_up(a.n_probes, kPanel));
+  const int64_t n_columns = a.n_players + a.n_sizes, rows = padded(a.n_rows);
+  double* packed = allocate(rows * n_columns + a.n_rows * padded(a.n_probes));
   if (packed == nullptr) return Status::kNoMemory;
   double* probes = packed + rows * n_columns;
   pack_rows(packed, a.columns, a.n_rows, n_columns);
   pack_rows(probes, a.probes, a.n_probes, a.n_rows);
   bool done = true;
-#pragma omp parallel num_threads(a.n_threads) if (a.n_outputs > 1)
+  const int64_t n_threads = a.n_threads < a.n_outputs ? a.n_threads : a.n_outputs;
+#pragma omp parallel num_threads(n_threads)
   {
     double* work = allocate(Regression::work_size(a));
     if (work == nullptr) {

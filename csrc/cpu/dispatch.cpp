@@ -1,17 +1,17 @@
 #include <cstring>
 
-#include "xaifast/rows.h"
+#include "xaifast/kernels.h"
 
 namespace xaifast {
 
-int compiled_kernels(RowKernels (&table)[kMaxIsas]) {
+int compiled_kernels(Kernels (&table)[kMaxIsas]) {
   int count = 0;
-  table[count++] = {"baseline", baseline::select_rows, baseline::compact_rows};
+  table[count++] = {"baseline", baseline::select_rows, baseline::compact_rows, baseline::cubic_regression};
 #if defined(XAIFAST_HAVE_V3)
-  table[count++] = {"v3", v3::select_rows, v3::compact_rows};
+  table[count++] = {"v3", v3::select_rows, v3::compact_rows, v3::cubic_regression};
 #endif
 #if defined(XAIFAST_HAVE_V4)
-  table[count++] = {"v4", v4::select_rows, v4::compact_rows};
+  table[count++] = {"v4", v4::select_rows, v4::compact_rows, v4::cubic_regression};
 #endif
   return count;
 }

@@ -19,10 +19,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..ops import _registry
 
 _SIZE_RANK = 5
 _SIZE_VARIANCE = 0.03
@@ -32,6 +36,10 @@ _PROBES = 32
 _PANEL = 128
 # Entries of covariance matrices worked on at a time, of several outputs where they are small: 2 MB stay in the cache.
 _BATCH = 1 << 18
+# Outputs given to the native kernel at a time, and the most rows it is used for: an output stays in one thread, and one
+# large output alone is better off in LAPACK's threads.
+_NATIVE_BATCH = 64
+_NATIVE_ROWS = 1024
 _JITTER = 1e-11
 
 
@@ -105,8 +113,8 @@ class Ridge:
 class CubicFit:
     """Shapley values of outputs from one paired design, each output fitted by itself.
 
-    Work buffers are made once. Several outputs share a batch while their covariance matrices are small, but products
-    are called for each alone, on rows of aligned length: an output's bits do not depend on its batch.
+    Several outputs share a batch, but products are called for each alone, on rows of aligned length: an output's bits
+    do not depend on its batch.
 
     Args:
         present: BoolTensor ``[h, M]``, one coalition of each pair; h >= 1.
@@ -142,23 +150,20 @@ class CubicFit:
         # The system is filled up to a multiple of 8 by rows of the identity: each matrix of a batch starts aligned.
         self._n_rows = n_pairs + 1
         size = -(-self._n_rows // 8) * 8
-        self.batch = max(1, _BATCH // size**2)
         self._columns = torch.zeros(size, n_players + sizes.shape[1], **new)
         self._columns[: self._n_rows] = torch.cat([x, sizes], 1)
         self._x, self._sizes = self._columns[:, :n_players], self._columns[:, n_players:]
         self._noise = noise.clamp_min_(1e-3)
         # Errors need the diagonal of the inverse: exactly for few pairs, from probes for many.
         self._exact = n_pairs <= _EXACT_DIAGONAL
-        self._probes = torch.empty(0, size, **new) if self._exact else probe_signs(size).T.contiguous().to(device)
-        self._one = torch.ones((), **new)
-        self._info = torch.zeros(self.batch, dtype=torch.int32, device=device)
-        self._scaled = torch.empty_like(self._x)
-        self._panel = torch.empty(min(_PANEL, size) * size, **new)
-        # The upper triangle by rows is the lower one by columns, as LAPACK wants it.
-        self._upper = torch.empty(self.batch, size, size, **new)
-        # Solutions by columns: the output first, then the probes.
-        self._half = torch.empty(self.batch, len(self._probes) + 1, size, **new)
-        self._full = torch.empty_like(self._half)
+        probes = torch.empty(0, size, **new) if self._exact else probe_signs(size).T.contiguous().to(device)
+        small = device.type == "cpu" and size <= _NATIVE_ROWS
+        native = _registry.native_cpu("cubic_regression") if small else None
+        if native is not None:
+            self._regressions = NativeRegressions(self._columns, n_players, probes, native)
+        else:
+            self._regressions = TorchRegressions(self._columns, n_players, probes)
+        self.batch = self._regressions.batch
 
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Fit outputs.
@@ -190,27 +195,6 @@ class CubicFit:
         errors = torch.stack([self._ridge.errors(*one) for one in zip(gains, left_out, strict=True)])
         return values * unit, errors * unit
 
-    def _build(self, relevance: Tensor, cubic: Tensor, ratio: float) -> Tensor:
-        """Covariances ``[B, n, n]`` times sqrt(c), lower triangles: with a = sqrt(c) u the main part is a + a^3."""
-        root = cubic.sqrt()
-        weights, size_weights = relevance * root, root.sqrt()
-        size = self._columns.shape[0]
-        for upper, weight, size_weight in zip(self._upper, weights, size_weights, strict=False):
-            torch.mul(self._x, weight, out=self._scaled)
-            sizes = self._sizes * size_weight
-            for start in range(0, size, _PANEL):
-                stop = min(start + _PANEL, size)
-                panel = upper[start:stop, start:]
-                torch.mm(self._scaled[start:stop], self._x[start:].T, out=panel)
-                factor = self._panel[: panel.numel()].view(panel.shape)
-                panel.mul_(torch.addcmul(self._one, panel, panel, out=factor))
-                panel.addmm_(sizes[start:stop], sizes[start:].T)
-        covariance = self._upper[: len(relevance)].mT
-        diagonal = covariance.diagonal(dim1=1, dim2=2)
-        diagonal[:, : self._n_rows] += (self._noise * (ratio * cubic) + _JITTER) * root
-        diagonal[:, self._n_rows :] = 1
-        return covariance
-
     def _solve(
         self, y: Tensor, relevance: Tensor, cubic: Tensor, ratio: float, with_residuals: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -221,19 +205,16 @@ class CubicFit:
             leave-one-out residuals ``[B, h + 1]`` (None unless asked for).
         """
         n_outputs, n_rows = y.shape
-        factor, info = self._build(relevance, cubic, ratio), self._info[:n_outputs]
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
-        n_probes = len(self._probes) if with_residuals else 0
-        half, full = self._half[:n_outputs, : n_probes + 1], self._full[:n_outputs, : n_probes + 1]
-        half[:, 0, :n_rows] = y
-        half[:, 0, n_rows:] = 0
-        half[:, 1:] = self._probes[:n_probes]
-        for f, h, out in zip(factor, half, full, strict=True):
-            torch.linalg.solve_triangular(f, h.T, upper=False, out=h.T)
-            torch.linalg.solve_triangular(f.T, h.T, upper=True, out=out.T)
-        evidence = 0.5 * n_rows * half[:, 0].square().sum(1).log() + factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        root = cubic.sqrt()
+        # The covariance times sqrt(c): with a = sqrt(c) u its main part is a + a^3.
+        padded, diagonal = y.new_zeros(2, n_outputs, len(self._columns))
+        padded[:, :n_rows] = y
+        diagonal[:, :n_rows] = (self._noise * (ratio * cubic) + _JITTER) * root
+        diagonal[:, n_rows:] = 1
+        solution = self._regressions(padded, relevance * root, root, diagonal, with_residuals)
+        evidence = 0.5 * (n_rows * solution.quadratic.log() + solution.log_determinant)
 
-        alpha = full[:, 0] * cubic.sqrt()
+        alpha = solution.alpha * root
         shift = _each(self._x, relevance)
         squares = relevance.square()
         both = torch.stack([alpha, alpha * (shift.square() + 2 * squares.sum(1, keepdim=True))], 1)
@@ -242,16 +223,124 @@ class CubicFit:
         values = 2 * relevance * (linear + cubic * cube)
         values -= 4 * cubic * squares * (shift * alpha).sum(1, keepdim=True)
         values += (sums[:, 0, relevance.shape[1] :] * self._size_effect).sum(1, keepdim=True)
-        valid = (info == 0) & values.isfinite().all(1)
+        valid = solution.succeeded & values.isfinite().all(1)
         evidence = torch.where(valid, evidence, math.inf)[:, None]
         if not with_residuals:
             return evidence, values, None
-        if self._exact:
-            diagonal = torch.stack([_inverse_diagonal(f) for f in factor])[:, :n_rows]
+        inverse_diagonal = solution.inverse_diagonal[:, :n_rows]
+        if not self._exact:
+            inverse_diagonal = torch.maximum(inverse_diagonal, 0.1 * inverse_diagonal.mean(1, keepdim=True))
+        return evidence, values, solution.alpha[:, :n_rows] / inverse_diagonal
+
+
+class Solution(NamedTuple):
+    """Solutions of ``V alpha = y`` for B outputs. What belongs to an output that did not succeed is unspecified."""
+
+    alpha: Tensor  # [B, n]
+    quadratic: Tensor  # [B], y' alpha
+    log_determinant: Tensor  # [B], of V
+    succeeded: Tensor  # bool [B]
+    inverse_diagonal: Tensor | None  # [B, n], of V^-1
+
+
+class TorchRegressions:
+    """Kernel regressions ``V alpha = y`` with V = a + a^3 + c S S' + diag(d) and a = X diag(w) X', an output each.
+
+    Work buffers are made once.
+
+    Args:
+        columns: float64 ``[n, M + Q]``, X and S side by side; n is a multiple of 8.
+        n_players: M.
+        probes: float64 ``[P, n]``, signs which estimate the diagonal of the inverse; P = 0: it is computed exactly.
+    """
+
+    def __init__(self, columns: Tensor, n_players: int, probes: Tensor):
+        size = len(columns)
+        self.batch = max(1, _BATCH // size**2)
+        self._x, self._sizes = columns[:, :n_players], columns[:, n_players:]
+        self._probes = probes
+        self._one = columns.new_ones(())
+        self._info = torch.zeros(self.batch, dtype=torch.int32, device=columns.device)
+        self._scaled = torch.empty_like(self._x)
+        self._panel = columns.new_empty(min(_PANEL, size) * size)
+        # The upper triangle by rows is the lower one by columns, as LAPACK wants it.
+        self._upper = columns.new_empty(self.batch, size, size)
+        # Solutions by columns: the output first, then the probes.
+        self._half = columns.new_empty(self.batch, len(probes) + 1, size)
+        self._full = torch.empty_like(self._half)
+
+    def __call__(
+        self, y: Tensor, weights: Tensor, size_weights: Tensor, diagonal: Tensor, with_inverse: bool
+    ) -> Solution:
+        """Solve for outputs ``y [B, n]``, ``B <= batch``, with w ``[B, M]``, c ``[B, 1]`` and d ``[B, n]``."""
+        n_outputs = len(y)
+        factor, info = self._build(weights, size_weights, diagonal), self._info[:n_outputs]
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        n_probes = len(self._probes) if with_inverse else 0
+        half, full = self._half[:n_outputs, : n_probes + 1], self._full[:n_outputs, : n_probes + 1]
+        half[:, 0] = y
+        half[:, 1:] = self._probes[:n_probes]
+        for f, h, out in zip(factor, half, full, strict=True):
+            torch.linalg.solve_triangular(f, h.T, upper=False, out=h.T)
+            torch.linalg.solve_triangular(f.T, h.T, upper=True, out=out.T)
+        if not with_inverse:
+            inverse_diagonal = None
+        elif n_probes:
+            inverse_diagonal = (self._probes * full[:, 1:]).mean(1)
         else:
-            diagonal = (self._probes * full[:, 1:]).mean(1)[:, :n_rows]
-            diagonal = torch.maximum(diagonal, 0.1 * diagonal.mean(1, keepdim=True))
-        return evidence, values, full[:, 0, :n_rows] / diagonal
+            inverse_diagonal = torch.stack([_inverse_diagonal(f) for f in factor])
+        log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        return Solution(full[:, 0], half[:, 0].square().sum(1), log_determinant, info == 0, inverse_diagonal)
+
+    def _build(self, weights: Tensor, size_weights: Tensor, diagonal: Tensor) -> Tensor:
+        """Lower triangles of V ``[B, n, n]``."""
+        size = len(self._x)
+        for upper, weight, size_weight in zip(self._upper, weights, size_weights, strict=False):
+            torch.mul(self._x, weight, out=self._scaled)
+            sizes = self._sizes * size_weight.sqrt()
+            for start in range(0, size, _PANEL):
+                stop = min(start + _PANEL, size)
+                panel = upper[start:stop, start:]
+                torch.mm(self._scaled[start:stop], self._x[start:].T, out=panel)
+                factor = self._panel[: panel.numel()].view(panel.shape)
+                panel.mul_(torch.addcmul(self._one, panel, panel, out=factor))
+                panel.addmm_(sizes[start:stop], sizes[start:].T)
+        covariance = self._upper[: len(weights)].mT
+        covariance.diagonal(dim1=1, dim2=2).add_(diagonal)
+        return covariance
+
+
+class NativeRegressions:
+    """As `TorchRegressions`, on the CPU: each regression in one thread, an output's bits the same in any company."""
+
+    batch = _NATIVE_BATCH
+
+    def __init__(self, columns: Tensor, n_players: int, probes: Tensor, native: ModuleType):
+        self._columns, self._n_players, self._probes = columns, n_players, probes
+        self._kernel = native.cubic_regression
+
+    def __call__(
+        self, y: Tensor, weights: Tensor, size_weights: Tensor, diagonal: Tensor, with_inverse: bool
+    ) -> Solution:
+        n_outputs, n_rows = y.shape
+        alpha = torch.empty_like(y)
+        inverse_diagonal = torch.empty_like(y) if with_inverse else None
+        quadratic, log_determinant = y.new_empty(2, n_outputs)
+        info = torch.empty(n_outputs, dtype=torch.int32)
+        inputs = [t.contiguous() for t in (self._columns, weights, size_weights, diagonal, y, self._probes)]
+        self._kernel(
+            *(t.data_ptr() for t in inputs),
+            *(t.data_ptr() for t in (alpha, quadratic, log_determinant)),
+            inverse_diagonal.data_ptr() if with_inverse else 0,
+            info.data_ptr(),
+            n_outputs,
+            n_rows,
+            self._n_players,
+            self._columns.shape[1] - self._n_players,
+            len(self._probes),
+            torch.get_num_threads(),
+        )
+        return Solution(alpha, quadratic, log_determinant, info == 0, inverse_diagonal)
 
 
 def _relevance(values: Tensor) -> Tensor:

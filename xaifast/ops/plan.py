@@ -124,6 +124,8 @@ def tracing() -> bool:
 
 def _plan(inputs, feature_mask, baselines, background, mean, std, dtype, memory_format, read: bool) -> SelectPlan:
     """Body of `plan_selection`; `read` says whether the player map's data may be looked at."""
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"xaifast.plan_selection: inputs must be a tensor [B, *feat], got {type(inputs).__name__}")
     if inputs.dim() < 1 or inputs.is_complex():
         raise TypeError(
             f"xaifast.plan_selection: inputs must be real [B, *feat], got {inputs.dtype} {list(inputs.shape)}"

@@ -1,5 +1,8 @@
 """Token removal for transformers: absent tokens replaced (`select_tokens`) or left out of the sequence
-(`compact_tokens`)."""
+(`compact_tokens`).
+
+The CUDA kernel of `compact_tokens` is compiled for every target but has not been run or measured on a GPU yet.
+"""
 
 from __future__ import annotations
 

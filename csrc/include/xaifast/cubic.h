@@ -20,7 +20,7 @@ struct CubicRegression {
   double* quadratic;           // [B], y' alpha
   double* log_determinant;     // [B], of V
   double* inverse_diagonal;    // [B, n] of V^-1, the mean over probes of p * (V^-1 p) if there are any; or null
-  int32_t* info;               // [B]: 0, or the first row (from 1) without a positive finite pivot; then all else is NaN
+  int32_t* info;               // [B]: 0, or the first row (from 1) without a positive finite pivot; all else is NaN
   int64_t n_outputs, n_rows, n_players, n_sizes, n_probes;  // B, n, M, Q, P
   int n_threads;
 };

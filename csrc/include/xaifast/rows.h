@@ -30,27 +30,4 @@ struct CompactRows {
   int64_t start, stop;
 };
 
-// One set of kernels per instruction set, same source, same bytes.
-struct RowKernels {
-  const char* isa;
-  Status (*select_rows)(const SelectRows&);
-  int64_t (*compact_rows)(const CompactRows&, int n_threads);  // returns the units with more than `length` tokens
-};
-
-#define XAIFAST_DECLARE_ISA(isa)                             \
-  namespace isa {                                            \
-  Status select_rows(const SelectRows& a);                   \
-  int64_t compact_rows(const CompactRows& a, int n_threads); \
-  }
-XAIFAST_DECLARE_ISA(baseline)
-XAIFAST_DECLARE_ISA(v3)
-XAIFAST_DECLARE_ISA(v4)
-#undef XAIFAST_DECLARE_ISA
-
-constexpr int kMaxIsas = 3;
-
-// The kernels compiled in, slowest first; returns how many.
-int compiled_kernels(RowKernels (&table)[kMaxIsas]);
-bool cpu_has(const char* isa);
-
 }  // namespace xaifast
