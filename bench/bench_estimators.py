@@ -26,6 +26,7 @@ from environment import describe, pin_threads
 from torch import Tensor, nn
 
 import xaifast
+from xaifast.removal import Replace
 
 N_REFERENCE = 60_000
 N_CURVE = (200, 300, 400, 500, 600, 700, 850, 1000, 2000)
@@ -111,13 +112,20 @@ def by_captum(model: nn.Module, x: Tensor, mask: Tensor, baseline: Tensor, targe
     return torch.stack(values)
 
 
-def ours(estimator: str) -> Callable[..., Tensor]:
+class Grouped(Replace):
+    """Pixel replacement on the design that TokenDrop uses."""
+
+    design = "grouped"
+
+
+def ours(estimator: str, removal: Replace | None = None) -> Callable[..., Tensor]:
     """xaifast with one estimator."""
 
     def run(model: nn.Module, x: Tensor, mask: Tensor, baseline: Tensor, target: Tensor, n: int, seed: int) -> Tensor:
         return xaifast.kernel_shap(
-            model, x, baselines=baseline, feature_mask=mask, target=target, n_samples=n, seed=seed, estimator=estimator
-        ).values
+            model, x, baselines=baseline, feature_mask=mask, target=target, n_samples=n, seed=seed,
+            estimator=estimator, removal=removal,
+        ).values  # fmt: skip
 
     return run
 
@@ -171,9 +179,10 @@ def main() -> None:
         reference = reference.values.double()
         print(f"\n{name}: test accuracy {accuracy:.3f}, reference of {N_REFERENCE} evaluations (error {own_error:.5f})")
         methods = {"shap": by_shap, "captum": by_captum, **{e: ours(e) for e in ("wls", "adjusted", "permutation")}}
+        methods |= {"adjusted, grouped sizes": ours("adjusted", Grouped())}
         curve: dict[str, list[tuple[int, float, float]]] = {}
         for method, function in methods.items():
-            budgets = (500, 2000) if method in ("shap", "captum") else N_CURVE
+            budgets = (500, 2000) if method in ("shap", "captum", "adjusted, grouped sizes") else N_CURVE
             function(*setting, 200, 0)  # warm-up
             for n in budgets:
                 error, spent = measure(function, setting, reference, n, arguments.seeds)
@@ -181,7 +190,7 @@ def main() -> None:
                 point = {"network": name, "method": method, "n": n, "error_median": round(error, 5)}
                 point |= {"seconds_median": round(spent, 4), "images": arguments.images, "seeds": arguments.seeds}
                 rows.append(point | conditions)
-                print(f"  {method:12s} n {n:5d}  error {error:.4f}  {spent:.3f} s", flush=True)
+                print(f"  {method:23s} n {n:5d}  error {error:.4f}  {spent:.3f} s", flush=True)
         at_500[name] = {method: next(e for n, e, _ in points if n == 500) for method, points in curve.items()}
         _, goal, shap_seconds = curve["shap"][-1]
         reached = [(s, m, n, e) for m in ("wls", "adjusted", "permutation") for n, e, s in curve[m] if e <= goal]
@@ -192,7 +201,12 @@ def main() -> None:
                 f"{spent:.3f} s, {spent / shap_seconds:.3f} of shap's time"
             )
     print("\nerror at n = 500 relative to peers")
-    for method, peer in (("wls", "shap"), ("adjusted", "shap"), ("adjusted", "captum")):
+    for method, peer in (
+        ("wls", "shap"),
+        ("adjusted", "shap"),
+        ("adjusted", "captum"),
+        ("adjusted, grouped sizes", "adjusted"),
+    ):
         ratios = {name: errors[method] / errors[peer] for name, errors in at_500.items()}
         mean = math.exp(statistics.mean(math.log(r) for r in ratios.values()))
         each = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())

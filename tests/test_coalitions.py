@@ -141,6 +141,30 @@ def test_rounding_is_unbiased_and_the_same_in_every_block():
         assert drawn[k] / n_seeds == pytest.approx(pairs, abs=6 * 0.5 / math.sqrt(n_seeds))
 
 
+@pytest.mark.parametrize(("n_players", "n_samples"), [(24, 202), (49, 500), (65, 130)])
+def test_grouped_sizes_are_few_and_expected_as_often(n_players, n_samples):
+    n_pairs, n_seeds = (n_samples - 2) // 2, 400
+    expected = expected_pairs(n_players, n_pairs, "leverage")
+    limit = {k: math.comb(n_players, k) >> (2 * k == n_players) for k in expected}
+    open_sizes = [k for k in expected if expected[k] < limit[k] - 1e-3]
+    groups = [open_sizes[i : i + 4] for i in range(0, len(open_sizes), 4)]
+    drawn = Counter()
+    for seed in range(n_seeds):
+        bits, weights = sample_coalitions(n_players, n_samples, "grouped", seed=seed)
+        sizes = Counter(unpack_coalitions(bits, n_players)[2::2].sum(1).tolist())
+        drawn.update(sizes)
+        for group in groups:
+            room = all(limit[k] > sum(expected[j] for j in group) + 1 for k in group)
+            assert not room or sum(k in sizes for k in group) == 1
+    # A size has all pairs of its group or none: at most four times its expectation.
+    for k, pairs in expected.items():
+        assert drawn[k] / n_seeds == pytest.approx(pairs, abs=6 * 2 * max(pairs, 1) / math.sqrt(n_seeds))
+    raw = {k: (0.5 if 2 * k == n_players else 1.0) / (k * (n_players - k) * expected[k]) for k in sizes}
+    found = dict(zip(unpack_coalitions(bits, n_players)[2::2].sum(1).tolist(), weights[2::2].tolist(), strict=True))
+    ratios = [found[k] / raw[k] for k in sizes]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
+
+
 def test_subsets_drawn_by_rank_are_uniform():
     # Size 2 of 6 players: 15 subsets; the middle class (size 3, player 0 in it): 10.
     counts = Counter(t for block in range(3000) for t in subsets(draw(6, 14, seed=1, block=block)[0]))
@@ -231,7 +255,7 @@ def test_no_global_random_state_is_used():
         ({"n_samples": 3}, ValueError, "at least 4 for 10 players"),
         ({"n_players": 1, "n_samples": 1}, ValueError, "at least 2 for 1 players"),
         ({"n_samples": "many"}, TypeError, "n_samples must be an integer"),
-        ({"design": "sobol"}, ValueError, "leverage, kernel, chain, got 'sobol'"),
+        ({"design": "sobol"}, ValueError, "leverage, kernel, chain, grouped, got 'sobol'"),
         ({"seed": -1}, ValueError, "seed must be between 0"),
         ({"block": 2**63}, ValueError, "block must be between 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),

@@ -101,7 +101,7 @@ void py_cubic_regression(uintptr_t columns, uintptr_t weights, uintptr_t size_we
 
 void py_sample_coalitions(int64_t n_players, int64_t n_samples, int design, uint64_t seed, uint64_t block,
                           uintptr_t bits, uintptr_t weights) {
-  require(0 <= design && design <= 2, "sample_coalitions: design must be 0 (leverage), 1 (kernel) or 2 (chain)");
+  require(0 <= design && design <= 3, "sample_coalitions: design must be leverage 0, kernel 1, chain 2 or grouped 3");
   require(bits && weights, "sample_coalitions: null pointer");
   const char* error = sample_coalitions(n_players, n_samples, static_cast<Design>(design), seed, block,
                                         pointer<int64_t>(bits), pointer<double>(weights));

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kMaxPlayers = 4096;
 constexpr int64_t kSaturated = int64_t{1} << 62;  // a class of so many coalitions or more is never exhausted
 constexpr int64_t kRanked = int64_t{1} << 31;     // classes up to this size are drawn by rank
+constexpr size_t kGroup = 4;                      // neighbouring sizes one of which stands for all in a grouped design
 
 struct SizeClass {
   int64_t k;
@@ -29,6 +30,22 @@ struct SizeClass {
 // C(n, k) as far as it is below 2^63, else anything not below.
 unsigned __int128 next_binomial(unsigned __int128 previous /* C(n, k - 1) */, int64_t n, int64_t k) {
   return previous >> 63 ? previous : previous * static_cast<uint64_t>(n - k + 1) / static_cast<uint64_t>(k);
+}
+
+// Gives all pairs of neighbouring classes to one of them, chosen in proportion to what they expect.
+void gather_group(SizeClass** first, SizeClass** last, double uniform) {
+  double total = 0.0;
+  for (SizeClass** size = first; size != last; ++size) total += (*size)->expected;
+  int64_t pairs = 0;
+  for (SizeClass** size = first; size != last; ++size) {
+    if ((*size)->capacity < static_cast<int64_t>(std::ceil(total)) + 1) return;
+    pairs += (*size)->drawn;
+  }
+  for (SizeClass** size = first; size != last; ++size) (*size)->drawn = 0;
+  SizeClass** chosen = first;
+  for (double sum = (*chosen)->expected; chosen != last - 1 && uniform * total >= sum; sum += (*chosen)->expected)
+    ++chosen;
+  (*chosen)->drawn = pairs;
 }
 
 std::vector<SizeClass> size_classes(int64_t n_players, int64_t n_pairs, Design design, uint64_t seed) {
@@ -65,13 +82,19 @@ std::vector<SizeClass> size_classes(int64_t n_players, int64_t n_pairs, Design d
     open.swap(still_open);
   }
 
-  const double uniform = Stream(seed, 0, Domain::kRounding).unit();
+  Stream stream(seed, 0, Domain::kRounding);
+  const double uniform = stream.unit();
   double sum_before = 0.0;
   for (SizeClass* size : open) {
     size->expected = level * size->law;
     const double sum_here = size == open.back() ? static_cast<double>(left) : sum_before + size->expected;
     size->drawn = static_cast<int64_t>(std::floor(sum_here + uniform) - std::floor(sum_before + uniform));
     sum_before = sum_here;
+  }
+  if (design == Design::kGrouped) {
+    for (size_t first = 0; first < open.size(); first += kGroup) {
+      gather_group(open.data() + first, open.data() + std::min(first + kGroup, open.size()), stream.unit());
+    }
   }
   return classes;
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..coalitions import Coalitions
 from ..evaluate import Evaluator, as_inputs
 from ..players import Players, resolve_players
+from ..removal import resolve_removal
 from .shapley_solvers import Adjusted, PairedDesign, Wls, choose_estimator, solve_exact, solve_permutation
 
 _CALLER = "xaifast.kernel_shap"
@@ -166,7 +167,8 @@ def kernel_shap(
         raise ValueError(f"{_CALLER}: tolerance must be positive, got {tolerance!r}")
     players = resolve_players(feature_mask, inputs, _CALLER)
     _check_budget(players.n_players, n_samples, estimator)
-    sampling = "chain" if estimator == "permutation" else "leverage"
+    removal = resolve_removal(removal, _CALLER)
+    sampling = "chain" if estimator == "permutation" else removal.design
     if design == "shared":
         coalitions = Coalitions.sample(players.n_players, n_samples, sampling, seed=seed, block=block)
     else:

@@ -11,8 +11,8 @@ from torch import Tensor
 from xaifast.ops import _registry
 from xaifast.reference import coalitions as reference
 
-Design = Literal["leverage", "kernel", "chain"]
-DESIGNS: tuple[str, ...] = ("leverage", "kernel", "chain")  # positions are the native codes
+Design = Literal["leverage", "kernel", "chain", "grouped"]
+DESIGNS: tuple[str, ...] = ("leverage", "kernel", "chain", "grouped")  # positions are the native codes
 MAX_PLAYERS = 4096
 
 
@@ -35,9 +35,13 @@ def sample_coalitions(
     - ``"chain"``: prefixes of random permutations and their complements (antithetic permutation sampling); chains are
       whole, or one thinned chain where not even one fits; pairs stay in chain order.
 
-    In the first two, pairs are sorted by size k = |T_p| <= M/2 and a pair weighs mu_k / (k (M - k) E_k): the Shapley
-    kernel over the expected number of pairs of its size, with mean 1. Sizes and weights depend on (M, n, design, seed)
-    only; `block` changes the members. n_samples >= 2^M gives all coalitions, for every design.
+    - ``"grouped"``: as ``"leverage"``, but of every four neighbouring sizes one, chosen at random, takes all pairs: a
+      quarter of the sizes, hence larger batches where rows of one size are evaluated together. Every size is still
+      expected equally often; no loss of accuracy was measured against ``"leverage"`` (docs/estimators.md).
+
+    In all but the chains, pairs are sorted by size k = |T_p| <= M/2 and a pair weighs mu_k / (k (M - k) E_k): the
+    Shapley kernel over the expected number of pairs of its size, with mean 1. Sizes and weights depend on
+    (M, n, design, seed) only; `block` changes the members. n_samples >= 2^M gives all coalitions, for every design.
 
     Args:
         n_players: M, 1 to 4096.

@@ -17,6 +17,7 @@ _ROUNDING, _RANKS, _SUBSETS, _CHAINS = 1, 2, 3, 4
 
 _SATURATED = 1 << 62  # a class of so many coalitions or more is never exhausted
 _RANKED = 1 << 31  # classes up to this size are drawn by rank
+_GROUP = 4  # neighbouring sizes one of which stands for all in a grouped design
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -94,14 +95,40 @@ def size_classes(n_players: int, n_pairs: int, design: str, seed: int) -> list[S
         expected[k] = level * law[k]
 
     # Systematic rounding: one uniform number for all, the same in every block.
-    uniform = Stream(seed, 0, _ROUNDING).unit()
+    stream = Stream(seed, 0, _ROUNDING)
+    uniform = stream.unit()
     drawn = {k: capacity[k] for k in sizes if k not in open_sizes}
     sum_before = 0.0
     for k in open_sizes:
         sum_here = float(left) if k == open_sizes[-1] else sum_before + expected[k]
         drawn[k] = math.floor(sum_here + uniform) - math.floor(sum_before + uniform)
         sum_before = sum_here
+    if design == "grouped":
+        for first in range(0, len(open_sizes), _GROUP):
+            gather_group(open_sizes[first : first + _GROUP], capacity, expected, drawn, stream.unit())
     return [SizeClass(k, capacity[k], expected[k], drawn[k]) for k in sizes]
+
+
+def gather_group(
+    group: list[int], capacity: dict[int, int], expected: dict[int, float], drawn: dict[int, int], uniform: float
+) -> None:
+    """Give all pairs of neighbouring sizes to one of them, chosen in proportion to what they expect.
+
+    Every size keeps its expected number of pairs, hence its weight. Groups with a size that could not take all stay
+    as they are.
+    """
+    total = 0.0
+    for k in group:
+        total += expected[k]
+    if any(capacity[k] < math.ceil(total) + 1 for k in group):
+        return
+    pairs = sum(drawn[k] for k in group)
+    chosen, before = 0, expected[group[0]]
+    while chosen < len(group) - 1 and uniform * total >= before:
+        chosen += 1
+        before += expected[group[chosen]]
+    for i, k in enumerate(group):
+        drawn[k] = pairs if i == chosen else 0
 
 
 def unrank(rank: int, n: int, k: int) -> list[int]:

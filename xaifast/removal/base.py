@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -90,7 +91,13 @@ class Prepared(ABC):
 
 
 class Removal(ABC):
-    """What an absent player looks like; see `replace.Replace`, `tokens.TokenDrop` and `tokens.TokenSelect`."""
+    """What an absent player looks like; see `replace.Replace`, `tokens.TokenDrop` and `tokens.TokenSelect`.
+
+    Attributes:
+        design: The paired design of `xaifast.ops.sample_coalitions` that suits it.
+    """
+
+    design: ClassVar[str] = "leverage"
 
     @abstractmethod
     def prepare(

@@ -6,6 +6,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -356,6 +357,8 @@ class TokenDrop(_TokenRemoval):
         >>> xaifast.kernel_shap(model, torch.rand(2, 1, 8, 8), feature_mask=mask, removal=TokenDrop()).values.shape
         torch.Size([2, 4, 3])
     """
+
+    design: ClassVar[str] = "grouped"  # a batch holds rows of one token count: fewer sizes make larger batches
 
     def prepare(
         self,

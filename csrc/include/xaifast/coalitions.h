@@ -4,7 +4,7 @@
 
 namespace xaifast {
 
-enum class Design : int { kLeverage = 0, kKernel = 1, kChain = 2 };
+enum class Design : int { kLeverage = 0, kKernel = 1, kChain = 2, kGrouped = 3 };
 
 // Fills a paired coalition design: row 0 full, row 1 empty, then rows 2 + 2p and 3 + 2p a coalition and its complement.
 // n_samples is the design's exact row count N. Returns null, or what is wrong with the arguments.
