@@ -86,7 +86,11 @@ def draw(x: Tensor, labels: Tensor, result: xaifast.ShapleyResult, predicted: Te
         truth = "" if labels[i] == predicted[i] else f" (is {labels[i]})"
         input_axis.set_title(f"“{predicted[i]}”{truth}", fontsize=11)
         shown = value_axis.imshow(values[i], cmap="PuOr_r", vmin=-top, vmax=top)
-        value_axis.contour(digit, levels=[0.4], colors="black", linewidths=1.1)
+        # Interpolated and padded, so that the outline is smooth and closed at the border.
+        fine = F.interpolate(F.pad(x[i : i + 1], (1, 1, 1, 1)), scale_factor=4, mode="bicubic")[0, 0].numpy()
+        at = (torch.arange(40) + 0.5).numpy() / 4 - 1.5
+        value_axis.contour(at, at, fine, levels=[0.45], colors="black", linewidths=1.1)
+        value_axis.set(xlim=(-0.5, 7.5), ylim=(7.5, -0.5))
         doubt = error_axis.imshow(errors[i], cmap="Greys", vmin=0, vmax=top_error)
     for r in range(rows):
         for k, name in enumerate(("input", "Shapley value", "standard error")):

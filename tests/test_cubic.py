@@ -242,3 +242,13 @@ def test_large_designs_are_left_to_torch(monkeypatch):
     design = leverage_design(10, 40, seed=0)
     monkeypatch.setattr(_adjusted, "_NATIVE_ROWS", 40)
     assert type(Adjusted(design)._fit._regressions) is _adjusted.TorchRegressions
+
+
+def test_the_default_device_does_not_matter(monkeypatch):
+    design = leverage_design(10, 40, seed=0)
+    differences, total = randn(40, 3, seed=2), randn(3, seed=3)
+    expected = [solver(differences, total) for solver in both_ways(monkeypatch, design)]
+    with torch.device("meta"):
+        found = [solver(differences, total) for solver in both_ways(monkeypatch, design)]
+    for got, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

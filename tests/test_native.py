@@ -240,7 +240,7 @@ def test_select_rows_refuses_nonsense(change, text):
 def test_sample_coalitions_refuses_nonsense():
     buffer = np.zeros(1000, dtype=np.int64)
     pointer = buffer.ctypes.data
-    for arguments in [(5, 7, 0), (5, 2, 0), (3, 10, 0), (0, 4, 0), (5000, 4, 0), (5, 8, 3), (6, 18, 2)]:
+    for arguments in [(5, 7, 0), (5, 2, 0), (3, 10, 0), (0, 4, 0), (5000, 4, 0), (5, 8, 4), (6, 18, 2)]:
         with pytest.raises(ValueError, match="sample_coalitions: "):
             native.sample_coalitions(*arguments, 0, 0, pointer, pointer)
 

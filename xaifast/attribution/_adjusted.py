@@ -326,7 +326,7 @@ class NativeRegressions:
         alpha = torch.empty_like(y)
         inverse_diagonal = torch.empty_like(y) if with_inverse else None
         quadratic, log_determinant = y.new_empty(2, n_outputs)
-        info = torch.empty(n_outputs, dtype=torch.int32)
+        info = y.new_empty(n_outputs, dtype=torch.int32)
         inputs = [t.contiguous() for t in (self._columns, weights, size_weights, diagonal, y, self._probes)]
         self._kernel(
             *(t.data_ptr() for t in inputs),
