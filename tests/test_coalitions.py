@@ -165,6 +165,20 @@ def test_grouped_sizes_are_few_and_expected_as_often(n_players, n_samples):
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
 
 
+def test_a_group_goes_to_its_sizes_in_proportion_to_what_they_expect():
+    pairs = {3: 2, 4: 2, 5: 2, 6: 1}
+    expected = {k: float(n) for k, n in pairs.items()}
+    found = Counter()
+    for i in range(700):
+        drawn = dict(pairs)
+        reference.gather_group(list(pairs), dict.fromkeys(pairs, 8), expected, drawn, (i + 0.5) / 700)
+        found.update(k for k in pairs if drawn[k] == 7)
+    assert found == {3: 200, 4: 200, 5: 200, 6: 100}
+    drawn = dict(pairs)
+    reference.gather_group(list(pairs), {3: 7, 4: 8, 5: 8, 6: 8}, expected, drawn, 0.5)
+    assert drawn == pairs
+
+
 def test_subsets_drawn_by_rank_are_uniform():
     # Size 2 of 6 players: 15 subsets; the middle class (size 3, player 0 in it): 10.
     counts = Counter(t for block in range(3000) for t in subsets(draw(6, 14, seed=1, block=block)[0]))

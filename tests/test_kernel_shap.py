@@ -190,6 +190,22 @@ def test_bitwise_independent_of_chunks_and_neighbours(estimator):
     assert torch.equal(whole.values[[4, 0]], run(x[[4, 0]], 9).values)
 
 
+@pytest.mark.parametrize("estimator", ["wls", "adjusted"])
+def test_bitwise_independent_of_neighbours_where_some_are_additive(estimator):
+    weight = integers(20, 3, seed=2)
+
+    def forward(x):  # the second input is not additive
+        return x @ weight + torch.relu(x.sum(1, keepdim=True)) * (x[:, :1] == 3)
+
+    x = integers(5, 20)
+    x[:, 0] = torch.tensor([1.0, 3.0, 2.0, 1.0, 0.0])
+    whole = xaifast.kernel_shap(forward, x, n_samples=200, estimator=estimator)
+    for b in range(5):
+        alone = xaifast.kernel_shap(forward, x[b : b + 1], n_samples=200, estimator=estimator)
+        assert torch.equal(whole.values[b], alone.values[0])
+        assert torch.equal(whole.std_errors[b], alone.std_errors[0])
+
+
 def test_bitwise_independent_of_chunks_with_a_background():
     net, x, rows = IntegerNet(9), integers(3, 9), integers(8, 9, seed=1)  # a power of two of rows: exact means
     results = [

@@ -218,6 +218,8 @@ def test_chunks_under_inference_mode(device):
         ((2, 5, 7), torch.arange(5)[:, None], torch.contiguous_format, (1, 5, 7)),
         ((2, 30), None, torch.contiguous_format, (1, 30, 1)),
         ((2, 30), torch.zeros(30, dtype=torch.long), torch.contiguous_format, (1, 1, 30)),
+        # Neighbours that stay together in every input: runs of 6, and of 4 from another place on, are runs of 2.
+        ((2, 12), torch.tensor([[0] * 6 + [1] * 6, [0] * 4 + [-1] * 4 + [1] * 4]), torch.contiguous_format, (1, 6, 2)),
     ],
 )
 def test_player_map_is_factored(shape, mask, memory_format, expected):

@@ -24,9 +24,10 @@ def pack(present):
     return np.packbits(padded, axis=-1, bitorder="little").view(np.int64)
 
 
-# (rep, P, unit): rows shorter than a vector, odd tails, several blocks of mask and of runs, long runs.
+# (rep, P, unit): rows shorter than a vector, odd tails, several blocks of mask and of runs, long runs, entries that are
+# vectors.
 LAYOUTS = [(1, 1, 1), (3, 7, 1), (1, 63, 1), (2, 64, 1), (1, 65, 3), (2, 1000, 1), (1, 5, 37), (1, 5003, 1)]
-LAYOUTS += [(1, 9, 1025)]
+LAYOUTS += [(1, 9, 1025), (2, 65, 16)]
 
 
 def player_map(rng, kind, n_entries, n_players):
@@ -125,7 +126,7 @@ def test_compact_rows(row_bytes, n_tokens, length):
 
 
 @pytest.mark.parametrize("words", [0, 1, 2, 65])
-@pytest.mark.parametrize(("unit", "n_background"), [(1, 1), (1, 3), (5, 1), (40, 1)])
+@pytest.mark.parametrize(("unit", "n_background"), [(1, 1), (1, 3), (5, 1), (16, 1), (40, 1)])
 def test_players_beyond_the_words_are_absent(words, unit, n_background):
     # Runs of bytes, tables of states, stretches of bits, patterns, and tokens; bits beyond the words would say present.
     memory = np.full(2 * words + 200, -1)

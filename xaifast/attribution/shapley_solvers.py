@@ -251,12 +251,17 @@ class Adjusted:
         _check_outputs("Adjusted", self._design, differences, total)
         if self._fit is None:
             return self._wls(differences, total)
-        wls_values, wls_errors, residuals = self._wls.fit(differences, total)
+        # One output at a time: the last bits of a product depend on the number of its columns.
+        columns = [(d.contiguous(), t.clone()) for d, t in zip(differences.split(1, 1), total.split(1), strict=True)]
+        linear = [self._wls.fit(*column) for column in columns]
+        additive = torch.stack(
+            [r.norm() <= self._additive * d.norm() for (d, _), (_, _, r) in zip(columns, linear, strict=True)]
+        )
+        wls_values, wls_errors = (torch.cat([fit[i] for fit in linear], 1) for i in (0, 1))
         outputs = torch.cat([0.5 * total[None], differences]).T.contiguous()
         fits = [self._fit(chunk) for chunk in outputs.split(self._fit.batch)]
         values = _efficient(torch.cat([v for v, _ in fits]).T, total)
         errors = torch.cat([e for _, e in fits]).T
-        additive = residuals.norm(dim=0) <= self._additive * differences.norm(dim=0)
         values = torch.where(additive, wls_values, values)
         errors = torch.where(additive, wls_errors, errors)
         return values, errors if self._has_errors else torch.full_like(errors, math.nan)

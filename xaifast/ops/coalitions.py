@@ -34,7 +34,6 @@ def sample_coalitions(
     - ``"kernel"``: the same with sizes in proportion to the Shapley kernel, 1 / (k (M - k)).
     - ``"chain"``: prefixes of random permutations and their complements (antithetic permutation sampling); chains are
       whole, or one thinned chain where not even one fits; pairs stay in chain order.
-
     - ``"grouped"``: as ``"leverage"``, but of every four neighbouring sizes one, chosen at random, takes all pairs: a
       quarter of the sizes, hence larger batches where rows of one size are evaluated together. Every size is still
       expected equally often; no loss of accuracy was measured against ``"leverage"`` (docs/estimators.md).

@@ -167,6 +167,11 @@ class _PreparedTokens(Prepared):
     embedding: _Embedding
     image: Tensor  # [1, C, H, W], stands for the batch in the model's input checks
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image row: what the model's chunk size goes by."""
+        return self.image[0].numel() * self.image.element_size()
+
     def run(self, forward: Callable, rows: tuple[Tensor, ...], args: tuple) -> object:
         """The model on replaced tokens."""
         self.embedding.tokens = rows[0]
@@ -187,11 +192,6 @@ class PreparedSelect(_PreparedTokens):
     def n_background(self) -> int:
         """R of the background, 1 without one."""
         return self.plan.n_background
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of an image row: what the model's chunk size goes by."""
-        return self.image[0].numel() * self.image.element_size()
 
     def empty(self, n_rows: int) -> tuple[Tensor, ...]:
         """A token buffer ``[rows, T, D]``."""
@@ -215,11 +215,6 @@ class PreparedDrop(_PreparedTokens):
     tokens_of: Tensor  # float64 [M] or [B, M] on the CPU: how many tokens a player has
     n_prefix: int
     length: int = field(default=0)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of an image row: what the model's chunk size goes by."""
-        return self.image[0].numel() * self.image.element_size()
 
     @property
     def chunk_scale(self) -> float:
