@@ -28,3 +28,29 @@ def run_python(tmp_path):
         return finished.stderr if fails else finished.stdout
 
     return run
+
+
+@pytest.fixture
+def run_on_every_isa(run_python, request):
+    """Runs code, which may import from the tests' folder, with each build of the CPU kernels that this processor can
+    run; returns the set of what was printed.
+    """
+    from xaifast import _native
+
+    if _native.cpu() is None:
+        pytest.skip("the native CPU module is not built")
+
+    def run(code):
+        # Loading the module by itself says at once whether the processor lacks the instruction set.
+        code = f"import sys, torch, xaifast._cpu\nsys.path.insert(0, {str(request.path.parent)!r})\n{code}"
+        printed = set()
+        for isa in _native.cpu().build_info()["isas"]:
+            try:
+                printed.add(run_python(code, XAIFAST_CPU_ISA=isa))
+            except AssertionError as error:
+                if "this processor lacks" not in str(error):
+                    raise
+        assert printed
+        return printed
+
+    return run

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -215,34 +212,26 @@ def test_bitwise_independent_of_chunks_with_a_background():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-_ISA_SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+_VALUES = """
 from games import IntegerNet, integers
 import xaifast
 r = xaifast.kernel_shap(IntegerNet(4 * 81), integers(2, 4, 9, 9), n_samples=90,
-                        feature_mask=xaifast.grid_mask((9, 9), 2)[None], estimator="wls")
+                        feature_mask=xaifast.grid_mask((9, 9), 2)[None], estimator={estimator!r})
 print(r.values.numpy().tobytes().hex())
 """
 
 
-def test_bitwise_the_same_on_every_instruction_set():
-    from xaifast import _native
-
-    if _native.cpu() is None:
-        pytest.skip("the native CPU module is not built")
-    script = _ISA_SCRIPT.format(tests=os.path.dirname(__file__))
-    outputs = set()
-    for isa in _native.cpu().build_info()["isas"]:
-        env = {**os.environ, "XAIFAST_CPU_ISA": isa}
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-        if "XAIFAST_CPU_ISA" in done.stderr:  # this processor lacks it
-            continue
-        assert done.returncode == 0, done.stderr
-        outputs.add(done.stdout)
-    env = {**os.environ, "XAIFAST_BACKEND": "reference"}
-    outputs.add(subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout)
-    assert len(outputs) == 1 and len(outputs.pop()) > 100
+@pytest.mark.parametrize("estimator", ["wls", "adjusted"])
+def test_bitwise_the_same_on_every_instruction_set(run_on_every_isa, run_python, request, estimator):
+    code = _VALUES.format(estimator=estimator)
+    printed = run_on_every_isa(code)
+    if estimator == "wls":  # the reference of the adjusted solver is LAPACK's
+        printed.add(
+            run_python(
+                f"import sys; sys.path.insert(0, {str(request.path.parent)!r})\n{code}", XAIFAST_BACKEND="reference"
+            )
+        )
+    assert len(printed) == 1 and len(printed.pop()) > 100
 
 
 def test_same_seed_same_bits_and_no_global_random_state():

@@ -156,7 +156,7 @@ def test_players_beyond_the_words_are_absent(words, unit, n_background):
 
 
 def test_threads_change_nothing():
-    # Above the size from which the kernels use threads (4 MiB of output).
+    # Above the sizes from which the kernels use threads.
     for threads in (1, 2, 5):
         rng = np.random.default_rng(8)
         got, expected = select_case(rng, (3, 224 * 224, 1), "runs", 4, 2, threads, whole=True)
@@ -170,8 +170,6 @@ def test_threads_change_nothing():
 
 
 DIGEST = """
-import sys
-sys.path.insert(0, {folder!r})
 import hashlib, numpy, test_native
 rng = numpy.random.default_rng(7)
 digest = hashlib.sha256()
@@ -182,24 +180,24 @@ for layout in test_native.LAYOUTS:
             assert numpy.array_equal(got, expected)
             digest.update(got.tobytes())
 digest.update(test_native.compact_case(rng, 48, 197, 100)[0].tobytes())
-print(test_native.native.build_info()["isa"], digest.hexdigest())
+print(digest.hexdigest())
 """
 
 
-def test_every_instruction_set_gives_the_same_bytes(run_python, request):
-    code = DIGEST.format(folder=str(request.path.parent))
-    digests = set()
-    for isa in native.build_info()["isas"]:
-        try:
-            name, digest = run_python(code, XAIFAST_CPU_ISA=isa).split()
-        except AssertionError as error:
-            if "this processor lacks" in str(error):
-                continue
-            raise
-        assert name == isa
-        digests.add(digest)
+def test_every_instruction_set_gives_the_same_bytes(run_on_every_isa):
+    digests = run_on_every_isa(DIGEST)
     assert len(digests) == 1
-    assert digests != {hashlib.sha256().hexdigest()}
+    assert digests != {hashlib.sha256().hexdigest() + "\n"}
+
+
+@pytest.mark.parametrize("isa", native.build_info()["isas"])
+def test_an_instruction_set_can_be_forced(run_python, isa):
+    try:
+        printed = run_python("import torch, xaifast._cpu as c; print(c.build_info()['isa'])", XAIFAST_CPU_ISA=isa)
+    except AssertionError as error:
+        assert "this processor lacks" in str(error)
+    else:
+        assert printed == isa + "\n"
 
 
 def test_an_unknown_instruction_set_is_refused(run_python):
