@@ -190,14 +190,14 @@ def test_every_instruction_set_gives_the_same_bytes(run_on_every_isa):
     assert digests != {hashlib.sha256().hexdigest() + "\n"}
 
 
-@pytest.mark.parametrize("isa", native.build_info()["isas"])
-def test_an_instruction_set_can_be_forced(run_python, isa):
-    try:
-        printed = run_python("import torch, xaifast._cpu as c; print(c.build_info()['isa'])", XAIFAST_CPU_ISA=isa)
-    except AssertionError as error:
-        assert "this processor lacks" in str(error)
-    else:
-        assert printed == isa + "\n"
+def test_an_instruction_set_can_be_forced(run_python):
+    for isa in native.build_info()["isas"]:
+        try:
+            printed = run_python("import torch, xaifast._cpu as c; print(c.build_info()['isa'])", XAIFAST_CPU_ISA=isa)
+        except AssertionError as error:
+            assert "this processor lacks" in str(error)
+        else:
+            assert printed == isa + "\n"
 
 
 def test_an_unknown_instruction_set_is_refused(run_python):
