@@ -360,3 +360,11 @@ def test_additional_arguments_follow_their_input_under_a_graph():
     given = {"additional_forward_args": scale.cuda(), "n_samples": 20, "batch_size": 7, "cuda_graph": True}
     values = xaifast.kernel_shap(forward, x.cuda(), **given).values.cpu()
     torch.testing.assert_close(values, x * scale[:, None], atol=1e-2, rtol=1e-4)
+
+
+def test_numpy_integers_are_integers():
+    numpy = pytest.importorskip("numpy")
+    x, forward = torch.ones(2, 5), lambda rows: rows @ torch.ones(5, 3)
+    plain = xaifast.kernel_shap(forward, x, n_samples=20, target=2)
+    other = xaifast.kernel_shap(forward, x, n_samples=numpy.int64(20), target=numpy.int32(2))
+    assert torch.equal(plain.values, other.values) and plain.n_evaluations == other.n_evaluations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -279,7 +280,7 @@ class Evaluator:
                     f"{self.caller}: target must be an int or a LongTensor of shape [B] = [{self.n_inputs}], got "
                     f"shape {tuple(target.shape)} and dtype {target.dtype}"
                 )
-        elif isinstance(target, bool) or not (target is None or isinstance(target, int) or target == "predicted"):
+        elif isinstance(target, bool) or not (target is None or isinstance(target, Integral) or target == "predicted"):
             raise TypeError(
                 f'{self.caller}: target must be an int, a LongTensor [B], "predicted" or None, got {target!r}'
             )
@@ -294,13 +295,13 @@ class Evaluator:
         if isinstance(target, str):
             self._target = outputs.argmax(1)
             return
-        targets = target.tolist() if isinstance(target, Tensor) else [target]
+        targets = target.tolist() if isinstance(target, Tensor) else [int(target)]
         if min(targets) < 0 or max(targets) >= self._n_outputs:
             raise ValueError(
                 f"{self.caller}: target must lie in 0..{self._n_outputs - 1} (the model's outputs), got "
                 f"{sorted(set(targets))}"
             )
-        self._target = target.to(self.device, torch.int64) if isinstance(target, Tensor) else target
+        self._target = target.to(self.device, torch.int64) if isinstance(target, Tensor) else int(target)
 
     def _pick(self, outputs: Tensor, first_unit: int, n_units: int, n: int) -> Tensor:
         """The target's column of outputs ``[units, K]``, or all columns."""

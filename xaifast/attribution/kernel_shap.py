@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -167,6 +168,7 @@ def kernel_shap(
         raise ValueError(f"{_CALLER}: tolerance must be positive, got {tolerance!r}")
     players = resolve_players(feature_mask, inputs, _CALLER)
     _check_budget(players.n_players, n_samples, estimator)
+    n_samples = int(n_samples)
     removal = resolve_removal(removal, _CALLER)
     sampling = "chain" if estimator == "permutation" else removal.design
     if design == "shared":
@@ -357,7 +359,7 @@ def _resolve_link(link: object) -> Callable[[Tensor], Tensor]:
 
 def _check_budget(n_players: int, n_samples: int, estimator: str) -> None:
     """Refuse budgets no estimator can use; warn about those that say little."""
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool):
+    if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
         raise TypeError(f"{_CALLER}: n_samples must be an int, got {type(n_samples).__name__}")
     least = 2 if n_players == 1 else 4
     if n_samples < least:
