@@ -256,7 +256,7 @@ class _Job:
         return linked.double()
 
     def solve(self, coalitions: Coalitions, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapley values and standard errors ``[B, M, K]`` float64, one input at a time."""
+        """Shapley values and standard errors ``[B, M, K]`` float64; no input's bits depend on the others."""
         batch, _, n_outputs = values.shape
         phi = values.new_zeros(batch, coalitions.n_players, n_outputs)
         errors = torch.zeros_like(phi)

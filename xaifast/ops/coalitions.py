@@ -36,7 +36,7 @@ def sample_coalitions(
       whole, or one thinned chain where not even one fits; pairs stay in chain order.
     - ``"grouped"``: as ``"leverage"``, but of every four neighbouring sizes one, chosen at random, takes all pairs: a
       quarter of the sizes, hence larger batches where rows of one size are evaluated together. Every size is still
-      expected equally often; no loss of accuracy was measured against ``"leverage"`` (docs/estimators.md).
+      expected equally often; the error measured is that of ``"leverage"`` within a few percent (docs/estimators.md).
 
     In all but the chains, pairs are sorted by size k = |T_p| <= M/2 and a pair weighs mu_k / (k (M - k) E_k): the
     Shapley kernel over the expected number of pairs of its size, with mean 1. Sizes and weights depend on
