@@ -125,6 +125,7 @@ class Evaluator:
             self.batch_size = self._auto_rows((torch.cuda.max_memory_allocated(self.device) - before) // rows)
         self._resolve_target(target, outputs)
         self.full = self._pick(outputs, 0, self.n_inputs, 1)  # [B, K]
+        self.predicted = outputs.argmax(1) if self._n_outputs is not None else None  # [B]
 
     def _auto_rows(self, peak_row_bytes: int | None = None) -> int:
         flat = all(x.dim() == 2 for x in self.inputs)
@@ -134,6 +135,13 @@ class Evaluator:
     def has_output_axis(self) -> bool:
         """Whether results have a K axis: all outputs of a ``[b, K]`` model were asked for."""
         return self._n_outputs is not None and self._target is None
+
+    @property
+    def targets(self) -> Tensor | None:
+        """LongTensor ``[B]``: the output asked for of each input; None where all were, or there is one only."""
+        if isinstance(self._target, int):
+            return torch.full((self.n_inputs,), self._target, device=self.device)
+        return self._target
 
     def __call__(self, coalitions: Coalitions) -> Tensor:
         """Values of coalitions.

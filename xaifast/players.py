@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.plan import broadcasts
+
 MAX_PLAYERS = 4096
 
 
@@ -77,11 +79,7 @@ def _check_mask(mask: object, x: Tensor, where: str, caller: str) -> bool:
         raise TypeError(f"{caller}: {where} must hold integer player ids, got dtype {mask.dtype}; use .long()")
     per_input = mask.dim() == x.dim()
     shape = x.shape if per_input else x.shape[1:]
-    try:
-        fits = torch.broadcast_shapes(mask.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(mask.shape, shape):
         raise ValueError(
             f"{caller}: {where} must be broadcastable to one input of shape {tuple(x.shape[1:])} (or to the batch "
             f"{tuple(x.shape)}), got {tuple(mask.shape)}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 
 import torch
@@ -13,6 +15,22 @@ logger = logging.getLogger("xaifast")
 _CPU_CHUNK_BYTES = 2**20  # a chunk's input, so that it is still in the caches when the model reads it
 _MIN_ROWS, _MAX_ROWS = 32, 4096
 _MAX_ROWS_MAPS = 256  # inputs with channels or space grow several times inside a model
+
+
+_job: ContextVar[Callable[[int], None] | None] = ContextVar("xaifast_job", default=None)
+
+
+@contextmanager
+def part_of_job(advance: Callable[[int], None]) -> Iterator[None]:
+    """Streams inside belong to a data-set job: they tell ``advance`` how many units are done instead of drawing bars of
+    their own, and pass an out-of-memory error on instead of halving their chunk, which is the job's to decide and to
+    record (`xaifast.jobs`).
+    """
+    token = _job.set(advance)
+    try:
+        yield
+    finally:
+        _job.reset(token)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -70,12 +88,15 @@ class Stream:
         self._total, self._description, self._unit = total, description, unit
         self._show = show_progress
         self._bar = None
+        self._advance: Callable[[int], None] | None = None
 
     def __enter__(self) -> Stream:
-        if self._show:
+        self._advance = _job.get()
+        if self._advance is None and self._show:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=self._total, desc=self._description, unit=self._unit, unit_scale=True)
+            self._advance = self._bar.update
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -93,6 +114,8 @@ class Stream:
             except Exception as error:
                 if not is_out_of_memory(error) or str(error).startswith("xaifast:"):
                     raise
+                if _job.get() is not None and stop - start > 1:
+                    raise
                 if stop - start == 1:
                     raise type(error)(
                         "xaifast: out of memory with a single unit of work in flight, so no smaller chunk can be "
@@ -106,6 +129,6 @@ class Stream:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
-            if self._bar is not None:
-                self._bar.update(stop - start)
+            if self._advance is not None:
+                self._advance(stop - start)
             start = stop

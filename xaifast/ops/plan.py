@@ -189,7 +189,7 @@ def _baseline_rows(inputs: Tensor, baselines: float | Tensor, background: Tensor
         return torch.full((1, *shape), baselines, dtype=inputs.dtype, device=inputs.device)
     rows = baselines if baselines.dim() == inputs.dim() else baselines[None]
     fits = rows.dim() <= inputs.dim() and rows.shape[0] in (1, inputs.shape[0])
-    if not fits or not _broadcasts(rows.shape[1:], shape):
+    if not fits or not broadcasts(rows.shape[1:], shape):
         raise ValueError(
             f"xaifast.plan_selection: baselines must be a number, a tensor [{_sizes(shape)}] or a tensor "
             f"[{inputs.shape[0]}, {_sizes(shape)}], got {list(baselines.shape)}"
@@ -213,7 +213,8 @@ def _representable(value: float, dtype: torch.dtype) -> bool:
     return math.isfinite(value) and value == int(value) and torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
-def _broadcasts(given: Sequence[int], shape: Sequence[int]) -> bool:
+def broadcasts(given: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a tensor of one shape expands to another (``torch.broadcast_shapes`` imports SymPy, 0.3 s)."""
     return len(given) <= len(shape) and all(g in (1, s) for g, s in zip(reversed(given), reversed(shape), strict=False))
 
 
@@ -256,7 +257,7 @@ def _player_index(inputs: Tensor, feature_mask: Tensor | None, last: bool, read:
         )
     players = feature_mask if feature_mask.dim() == inputs.dim() else feature_mask[None]
     fits = players.dim() <= inputs.dim() and players.shape[0] in (1, inputs.shape[0])
-    if not fits or not _broadcasts(players.shape[1:], shape):
+    if not fits or not broadcasts(players.shape[1:], shape):
         raise ValueError(
             f"xaifast.plan_selection: feature_mask must be broadcastable to one input [{_sizes(shape)}], or have the "
             f"inputs' rank with first dimension 1 or {inputs.shape[0]}; got {list(feature_mask.shape)}"

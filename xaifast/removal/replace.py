@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.plan import SelectPlan, plan_selection
+from ..ops.plan import SelectPlan, broadcasts, plan_selection
 from ..players import Players
 from .base import Background, Prepared, Removal
 
@@ -77,11 +77,7 @@ def resolve_baselines(
     for baseline, x in zip(given, inputs, strict=True):
         if isinstance(baseline, Tensor):
             shape = x.shape if baseline.dim() == x.dim() else x.shape[1:]
-            try:
-                fits = torch.broadcast_shapes(baseline.shape, shape) == shape
-            except RuntimeError:
-                fits = False
-            if not fits:
+            if not broadcasts(baseline.shape, shape):
                 raise ValueError(
                     f"{caller}: baselines must be a number or broadcastable to one input {tuple(x.shape[1:])} or to "
                     f"the batch {tuple(x.shape)}, got shape {tuple(baseline.shape)}"
