@@ -16,39 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from train_digits import accuracy, digits, train
 
 import xaifast
 
 N_IMAGES, N_SAMPLES, N_EXACT = 64, 500, 6
-
-
-def train() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A small convolutional network on scikit-learn's digits; returns it with test images, labels and a baseline."""
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    labels = torch.tensor(labels)
-    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10),
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    start = time.perf_counter()
-    for _ in range(25):
-        for batch in torch.randperm(len(train_x)).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(model(train_x[batch]), train_y[batch]).backward()
-            optimizer.step()
-    model.eval()
-    with torch.inference_mode():
-        accuracy = float((model(test_x).argmax(1) == test_y).float().mean())
-    print(f"trained in {time.perf_counter() - start:.1f} s, test accuracy {accuracy:.1%}")
-    return model, test_x, test_y, train_x.mean(0)
 
 
 def forward_floor(model: nn.Module, x: Tensor, n_rows: int) -> float:
@@ -111,8 +84,11 @@ def draw(x: Tensor, labels: Tensor, result: xaifast.ShapleyResult, predicted: Te
 
 def main(path: Path) -> None:
     """The whole demonstration."""
-    model, test_x, test_y, baseline = train()
-    x, labels = test_x[:N_IMAGES], test_y[:N_IMAGES]
+    train_x, test_x, train_y, test_y = digits()
+    start = time.perf_counter()
+    model = train(train_x, train_y)
+    print(f"trained in {time.perf_counter() - start:.1f} s, test accuracy {accuracy(model, test_x, test_y):.1%}")
+    x, labels, baseline = test_x[:N_IMAGES], test_y[:N_IMAGES], train_x.mean(0)
     mask = xaifast.grid_mask((8, 8), 2)
     explain = {"baselines": baseline, "feature_mask": mask, "target": "predicted"}
 

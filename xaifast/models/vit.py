@@ -77,6 +77,17 @@ class VisionTransformer(nn.Module):
         mlp_ratio: int = 4,
     ) -> None:
         super().__init__()
+        self.config = dict(
+            image_size=image_size,
+            patch=patch,
+            n_classes=n_classes,
+            channels=channels,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+        )
+        self.input_size, self.patch_size = (image_size, image_size), patch
         self.embeddings = PatchEmbeddings(image_size, patch, channels, dim)
         self.blocks = nn.Sequential(*(_Block(dim, heads, mlp_ratio * dim) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
