@@ -35,6 +35,8 @@ class ShapleyResult:
         std_errors: Like ``values``; NaN where no honest value exists (fewer than 1.2 M pairs, one permutation).
         n_evaluations: Model rows spent on each input.
         estimator: What was used: ``"wls"``, ``"adjusted"``, ``"permutation"`` or ``"exact"``.
+        targets: LongTensor ``[B]``, the output explained; None where all are, or the model has one.
+        predicted: LongTensor ``[B]``, the largest output of the clean input; None where the model has one output.
     """
 
     values: Tensor
@@ -43,6 +45,8 @@ class ShapleyResult:
     std_errors: Tensor
     n_evaluations: int
     estimator: str
+    targets: Tensor | None
+    predicted: Tensor | None
     _players: Players = field(repr=False)
     _inputs: tuple[Tensor, ...] = field(repr=False)
 
@@ -50,6 +54,33 @@ class ShapleyResult:
         """Values spread over the elements of the inputs: the inputs' shape, with the K axis last where there is one."""
         maps = self._players.expand(self.values, self._inputs)
         return maps if len(maps) > 1 else maps[0]
+
+    def plot(
+        self,
+        index: int | list[int] | None = None,
+        *,
+        output: int | None = None,
+        names: list[str] | None = None,
+        max_items: int = 8,
+    ) -> object:
+        """Draw some inputs (needs the extra ``report``): images as picture, values over it and standard errors,
+        anything else as bars from the base to the full value, the largest first.
+
+        Args:
+            index: Which inputs; None for the first ``max_items``.
+            output: Which output where values have a K axis; None for the one with the largest full value of each input.
+            names: M names of players, for bars.
+            max_items: Inputs drawn at most.
+
+        Returns:
+            ``matplotlib.figure.Figure``; notebooks show it, ``.savefig(path)`` writes it.
+
+        Raises:
+            IndexError, ValueError: an input, an output or names that do not fit.
+        """
+        from ._plot import plot_result
+
+        return plot_result(self, index, output, names, max_items)
 
     def to_shap(self) -> object:
         """As a ``shap.Explanation`` (needs the extra ``compat``): values, base values and, for tabular inputs with one
@@ -69,7 +100,11 @@ class ShapleyResult:
         outputs = f", {self.values.shape[2]} outputs" if self.values.dim() == 3 else ""
         norm = self.values.double().norm()
         error = float(self.std_errors.double().norm() / norm) if norm > 0 else math.nan
-        quality = "exact" if self.estimator == "exact" else f"relative standard error {error:.2g}"
+        quality = f"relative standard error {error:.2g}"
+        if self.estimator == "exact":
+            quality = "exact"
+        elif bool(torch.isnan(self.std_errors).any()):
+            quality = "too few evaluations for standard errors"
         return (
             f"ShapleyResult({batch} inputs, {players} players{outputs}; {self.estimator}, "
             f"{self.n_evaluations} evaluations an input; {quality})"
@@ -167,7 +202,7 @@ def kernel_shap(
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance > 0):
         raise ValueError(f"{_CALLER}: tolerance must be positive, got {tolerance!r}")
     players = resolve_players(feature_mask, inputs, _CALLER)
-    _check_budget(players.n_players, n_samples, estimator)
+    check_budget(players.n_players, n_samples, estimator)
     n_samples = int(n_samples)
     removal = resolve_removal(removal, _CALLER)
     sampling = "chain" if estimator == "permutation" else removal.design
@@ -216,6 +251,8 @@ def kernel_shap(
         std_errors=errors.to(dtype),
         n_evaluations=linked.shape[1] * evaluator.n_background,
         estimator=estimator,
+        targets=evaluator.targets,
+        predicted=evaluator.predicted,
         _players=players,
         _inputs=tuple(x.detach() for x in inputs),
     )
@@ -357,8 +394,8 @@ def _resolve_link(link: object) -> Callable[[Tensor], Tensor]:
     return _LINKS[link]
 
 
-def _check_budget(n_players: int, n_samples: int, estimator: str) -> None:
-    """Refuse budgets no estimator can use; warn about those that say little."""
+def check_budget(n_players: int, n_samples: int, estimator: str) -> None:
+    """Refuse budgets that no estimator, or not this one, can use; warn about those that say little."""
     if not isinstance(n_samples, Integral) or isinstance(n_samples, bool):
         raise TypeError(f"{_CALLER}: n_samples must be an int, got {type(n_samples).__name__}")
     least = 2 if n_players == 1 else 4
