@@ -141,6 +141,11 @@ PYBIND11_MODULE(_cpu, m) {
     info["version"] = XAIFAST_VERSION;
     info["isa"] = kernels.isa;
     info["isas"] = py::list(isas);
+    py::list supported;
+    for (const py::handle& isa : isas) {
+      if (cpu_has(isa.cast<std::string>().c_str())) supported.append(isa);
+    }
+    info["supported"] = supported;
     info["compiler"] = __VERSION__;
 #if defined(_OPENMP)
     info["openmp"] = true;
