@@ -1,0 +1,253 @@
+"""``xaifast explain``: attributions for a whole data set, stored as they are made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..attribution.dataset import DESIGN_BLOCK
+from ..jobs import run_job
+from ..models.loading import load_model
+from ..store import Store, StoreError
+from .shapley_job import AUTOCAST, REMOVALS, ShapleyJob, prepare
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the program's."""
+    parser = commands.add_parser(
+        "explain",
+        help="attributions for a whole data set",
+        description="Explain every input of a data set. Results are written as they are made; the same command takes "
+        "up an interrupted run where it stopped. torchrun --nproc-per-node N -m xaifast explain ... shards the job.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--model", required=True, metavar="SPEC", help="hf:DIR_OR_ID, py:MODULE:CALLABLE (runs your code), xaifast:DIR"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC",
+        help="digits, imagefolder:DIR, hf:DIR_OR_NAME[:SPLIT], npz:FILE, csv:FILE, parquet:FILE",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where results go")
+    parser.add_argument("--method", choices=["kernel-shap"], default="kernel-shap")
+
+    what = parser.add_argument_group("what is explained")
+    what.add_argument(
+        "--target",
+        default="predicted",
+        help='"predicted" (default), "label", "all", a class number or a class name',
+    )
+    what.add_argument("--limit", type=_positive, metavar="N", help="the first N inputs only")
+    what.add_argument("--link", choices=["identity", "logit"], default="identity", help="logit: explain probabilities")
+
+    features = parser.add_argument_group("features and what replaces them")
+    features.add_argument(
+        "--patch", type=_positive, metavar="PIXELS", help="square patches of this side (default: about 49)"
+    )
+    features.add_argument("--segments", choices=["slic"], help="superpixels of each image instead of patches")
+    features.add_argument("--n-segments", type=_positive, default=50, metavar="N", help="superpixels at most (50)")
+    features.add_argument("--removal", choices=list(REMOVALS), default="baseline")
+    features.add_argument(
+        "--baseline", default=None, metavar="VALUE", help='a number (default 0), or "mean" of the first 256 inputs'
+    )
+    features.add_argument(
+        "--background",
+        metavar="ROWS",
+        help="tables: so many rows of the data, or csv:FILE / parquet:FILE (default 100)",
+    )
+
+    estimate = parser.add_argument_group("estimate")
+    estimate.add_argument("--n-samples", type=_positive, default=512, metavar="N", help="evaluations an input (512)")
+    estimate.add_argument("--estimator", choices=["auto", "wls", "adjusted", "permutation", "exact"], default="auto")
+    estimate.add_argument("--seed", type=int, default=0)
+
+    reading = parser.add_argument_group("reading the data")
+    reading.add_argument(
+        "--on-error", choices=["stop", "skip"], default="stop", help="what to do with unreadable images"
+    )
+    reading.add_argument("--image-size", type=_positive, nargs="+", metavar="PIXELS", help="side, or height and width")
+    reading.add_argument("--mean", type=float, nargs="+", help="per channel, subtracted after scaling to 0..1")
+    reading.add_argument("--std", type=float, nargs="+", help="per channel, divided by")
+    reading.add_argument("--columns", type=_names, metavar="A,B,...", help="features of a table, in the model's order")
+    reading.add_argument("--label", metavar="COLUMN", help="column of a table with the classes")
+    reading.add_argument("--drop", type=_names, metavar="A,B,...", help="columns of a table to leave out")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    machine.add_argument("--autocast", choices=list(AUTOCAST), default="none")
+    machine.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; a resumed run keeps its number")
+    machine.add_argument("--batch-size", type=_positive, metavar="ROWS", help="model rows a call (default: automatic)")
+    machine.add_argument(
+        "--chunk-size", type=_positive, metavar="N", help="inputs stored together: a power of two up to 256 (automatic)"
+    )
+    machine.add_argument("--no-report", action="store_true", help="do not write report.html")
+    machine.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
+    machine.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    _check(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 and not args.quiet else _say_nothing
+    threads = args.threads or _recorded_threads(args.out)
+    if threads:
+        torch.set_num_threads(threads)
+    device = _device(args.device)
+    job = prepare(args, load_model(args.model, device=device), device)
+    job.manifest["command"] = _command(args, world)
+    store = Store(args.out, job.manifest, job.static, rank=rank, world=world)
+    for remark in store.remarks(job.manifest):
+        say(f"note: {remark}; the last digits of further results may differ from an uninterrupted run's")
+    for line in job.lines:
+        say(line)
+    try:
+        if store.pending:
+            floor = job.forward_rate(store.manifest["rows"])
+            for line in _plan(job, store, floor):
+                say(line, flush=True)
+            store.note(
+                "start",
+                world=world,
+                forward_rows_per_second=round(floor, 1),
+                device_name=_device_name(device),
+                threads=torch.get_num_threads(),
+                versions=job.manifest["versions"],
+            )
+        run_job(
+            store,
+            job.loader,
+            job.compute,
+            evaluations=job.n_samples,
+            rows_per_evaluation=job.n_background,
+            show_progress=rank == 0 and not args.quiet,
+        )
+    except BaseException:
+        say(
+            f"\n{len(store.finished)} of {store.n_chunks} chunks are finished and kept in {args.out}; to go on:\n  "
+            f"{_command(args, world)}"
+        )
+        raise
+    finally:
+        store.close()
+    say(_summary(store))
+    if store.complete and not args.no_report:
+        from ..report import write_report
+
+        say(f"report: {write_report(store, args.out / 'report.html', inputs=job.loader.picture)}")
+    return 0
+
+
+def _plan(job: ShapleyJob, store: Store, floor: float) -> list[str]:
+    """How much work, time and room; refuses a disk that is too small."""
+    pending = sum(stop - start for start, stop in map(store.bounds, set(range(store.n_chunks)) - set(store.finished)))
+    rows = len(store) * job.n_samples * job.n_background
+    background = f" × {job.n_background} background rows" if job.n_background > 1 else ""
+    done = f", {len(store.finished)} of them finished" if store.finished else ""
+    seconds = pending * job.n_samples * job.n_background / floor / store.world
+    workers = f"{store.world} processes of " if store.world > 1 else ""
+    needed, free = job.result_bytes(pending), shutil.disk_usage(store.directory).free
+    if needed > free:
+        raise StoreError(
+            f"xaifast explain: the results need about {_size(needed)}, but {store.directory} has {_size(free)} free; "
+            "free space, or choose another --out"
+        )
+    return [
+        f"work:     {len(store):,} inputs × {job.n_samples:,} evaluations{background} = {rows:,} model rows",
+        f"time:     about {_duration(seconds)} at the bare forward's {floor:,.0f} rows/s ({workers}"
+        f"{torch.get_num_threads()} threads, {store.manifest['rows']} rows a call)",
+        f"output:   {_size(job.result_bytes(len(store)))} in {store.directory}, {store.n_chunks} chunks of "
+        f"{store.manifest['chunk_size']} inputs{done}",
+    ]
+
+
+def _summary(store: Store) -> str:
+    """What was done, by the log."""
+    speed = store.speed
+    text = f"finished {len(store.finished)} of {store.n_chunks} chunks"
+    if speed.model_rows:
+        text += (
+            f": {speed.model_rows:,} model rows in {_duration(speed.seconds)} of work, {speed.ratio:.2f} times the "
+            "bare forward"
+        )
+    if store.skipped:
+        text += f"\nskipped {len(store.skipped)} inputs that could not be read; the report names them"
+    return text
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.image_size and len(args.image_size) > 2:
+        raise ValueError(f"xaifast explain: --image-size takes a side, or height and width, got {args.image_size}")
+    if args.chunk_size and (args.chunk_size & (args.chunk_size - 1) or args.chunk_size > DESIGN_BLOCK):
+        raise ValueError(
+            f"xaifast explain: --chunk-size must be a power of two up to {DESIGN_BLOCK}, got {args.chunk_size}"
+        )
+    if args.patch and args.segments:
+        raise ValueError("xaifast explain: --patch and --segments exclude each other; leave one out")
+
+
+def _recorded_threads(directory: Path) -> int | None:
+    """Threads a run that is there began with: other numbers change the last digits."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((directory / "manifest.json").read_text())["threads"]
+    return None
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
+    return name
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line for line in file if line.startswith("model name")).split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _command(args: argparse.Namespace, world: int) -> str:
+    program = f"torchrun --nproc-per-node {world} -m xaifast" if world > 1 else "xaifast"
+    return f"{program} {shlex.join(args.arguments)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(n_bytes: float) -> str:
+    units = ("bytes", "KB", "MB", "GB", "TB")
+    power = min(len(units) - 1, int(math.log10(max(n_bytes, 1)) // 3))
+    return f"{n_bytes / 1000**power:.3g} {units[power]}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    pass
