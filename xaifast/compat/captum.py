@@ -1,0 +1,276 @@
+"""Captum's KernelShap, with its arguments and the shapes of its results, on xaifast's engine.
+
+Only the import changes: ``from xaifast.compat.captum import KernelShap``. Captum itself is not needed. What differs is
+listed in docs/captum.md. The interface is that of Captum 0.9, https://captum.ai/api/kernel_shap.html
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..attribution.kernel_shap import kernel_shap
+from ..coalitions import Coalitions
+from ..players import resolve_players
+from ._captum_forward import CALLER, BatchRows, Call, InputRows, find_unit
+
+_FEWEST = 4  # coalitions an estimate needs: full, empty and one pair
+_LARGE = 80  # coalitions from which hardly any design confuses two players
+
+
+class KernelShap:
+    """Kernel SHAP as ``captum.attr.KernelShap`` offers it.
+
+    Attributes:
+        forward_func: ``forward_func(*inputs, *additional_forward_args)``: a number a row (``[b]``, ``[b, 1]``, or
+            ``[b, ...]`` with a target), or one number for the whole batch, as a tensor or a Python number.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2).eval()
+        >>> attributions = KernelShap(model).attribute(torch.ones(3, 4), target=1)
+        >>> torch.allclose(attributions, model.weight[1].expand(3, 4), atol=1e-5)
+        True
+    """
+
+    def __init__(self, forward_func: Callable) -> None:
+        if not callable(forward_func):
+            raise TypeError(f"{CALLER}: forward_func must be callable, got {type(forward_func).__name__}")
+        self.forward_func = forward_func
+
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        baselines: object = None,
+        target: object = None,
+        additional_forward_args: object = None,
+        feature_mask: Tensor | tuple[Tensor, ...] | None = None,
+        n_samples: int = 25,
+        perturbations_per_eval: int = 1,
+        return_input_shape: bool = True,
+        show_progress: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Shapley values of the features, of all inputs of a batch at once.
+
+        Args:
+            inputs: Tensor ``[B, ...]`` or tuple of tensors with common B.
+            baselines: What removed features show: a number, a tensor broadcastable to the input (leading B or 1), a
+                tuple of these; None is zero. Rows have the dtype that input and baseline promote to.
+            target: int or one-element tensor; a list of ints or LongTensor ``[B]``, one an input; for outputs of more
+                dimensions a tuple of all indices after the batch axis, or a list of such tuples.
+            additional_forward_args: One argument or a tuple; tensors and lists of length B go with their input.
+            feature_mask: Feature ids, tensors broadcastable to the inputs (leading B or 1); an id means one feature in
+                all tensors. None makes every element a feature.
+            n_samples: Coalitions an input, the full and the empty one included; below 4 the values are an even split.
+            perturbations_per_eval: Largest number of rows a call; 1 leaves the number to xaifast.
+            return_input_shape: Whether every element shows its feature's value, or values are returned by feature.
+            show_progress: Draw a progress bar.
+
+        Returns:
+            float32 on the inputs' device. Like ``inputs``; or, without ``return_input_shape``, ``[B, M]`` with M the
+            largest id plus one and 0 for ids that do not occur. B is 1 where forward_func returns one number for the
+            whole batch.
+
+        Raises:
+            AssertionError: a kind of argument, a target or a number of outputs that Captum asserts against.
+            IndexError, RuntimeError: a target out of range.
+            TypeError, ValueError: as `xaifast.kernel_shap`.
+
+        The design's seed is drawn from torch's global generator, as Captum's samples are: ``torch.manual_seed`` makes a
+        result repeatable, and every call gives another estimate.
+        """
+        _check_samples(n_samples)
+        given = _as_tensors(inputs, "inputs")
+        if not all(x.dim() for x in given) or not any(x.numel() for x in given):
+            raise ValueError(
+                f"{CALLER}: inputs must have a batch axis and hold at least one element, got shapes "
+                f"{[tuple(x.shape) for x in given]}"
+            )
+        baselines = _as_baselines(baselines, given)
+        features = _Features.of(feature_mask, given)
+        call = Call(self.forward_func, _promoted(given, baselines), additional_forward_args, target)
+        unit = find_unit(call, perturbations_per_eval)
+        rows = BatchRows(call) if unit == "batch" else InputRows(call)
+        masks = rows.lift(features.masks)
+        estimator, seed = _design(len(features.ids), n_samples)
+        engine = dict(
+            baselines=rows.lift(baselines),
+            additional_forward_args=rows.owner,
+            batch_size=1 if unit else int(perturbations_per_eval) if perturbations_per_eval > 1 else "auto",
+            estimator=estimator,
+            seed=seed,
+            show_progress=show_progress,
+            allow_training_mode=True,
+        )
+        if n_samples < _FEWEST:
+            values = _even_split(rows, masks, engine)
+        else:
+            values = kernel_shap(rows, rows.inputs, feature_mask=masks, n_samples=n_samples, **engine).values
+        if unit == "row":
+            warnings.warn(
+                f"{CALLER}: forward_func must answer two rows with two numbers to be called on many rows at once; it "
+                "did not and was called row by row; keep the batch axis of its output",
+                UserWarning,
+                stacklevel=2,
+            )
+        values = features.place(values)  # [B, M]
+        if not return_input_shape:
+            return values
+        maps = features.spread(values, given)
+        return maps if isinstance(inputs, tuple) else maps[0]
+
+    def attribute_future(self) -> NoReturn:
+        """Not implemented, as in Captum."""
+        raise NotImplementedError(f"{CALLER}: attribute_future is not implemented; call attribute")
+
+    def has_convergence_delta(self) -> bool:
+        """False, as in Captum."""
+        return False
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False, as in Captum."""
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name in words."""
+        return "Kernel Shap"
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Feature masks with ids counted from 0 without gaps.
+
+    Attributes:
+        masks: int64, one a tensor of the inputs.
+        ids: int64 ``[M']`` on the inputs' device: the user's id of each, counted from the smallest.
+        n_ids: M, the largest of them plus one.
+    """
+
+    masks: tuple[Tensor, ...]
+    ids: Tensor
+    n_ids: int
+
+    @classmethod
+    def of(cls, feature_mask: Tensor | tuple[Tensor, ...] | None, inputs: tuple[Tensor, ...]) -> _Features:
+        """Check and renumber the user's masks; warns where ids do not start at 0."""
+        device = inputs[0].device
+        if feature_mask is None:
+            sizes = [x.shape[1:].numel() for x in inputs]
+            ids = torch.arange(sum(sizes), device=device)
+            parts = zip(ids.split(sizes), inputs, strict=True)
+            return cls(tuple(part.reshape(1, *x.shape[1:]) for part, x in parts), ids, len(ids))
+        masks = _as_tensors(feature_mask, "feature_mask")
+        if len(masks) != len(inputs):
+            raise ValueError(f"{CALLER}: feature_mask must hold one mask an input ({len(inputs)}), got {len(masks)}")
+        for mask in masks:
+            if mask.dtype.is_floating_point or mask.dtype.is_complex or mask.dtype == torch.bool:
+                raise TypeError(f"{CALLER}: feature_mask must hold integer ids, got dtype {mask.dtype}; use .long()")
+        masks = tuple(mask.to(device, torch.int64) for mask in masks)
+        low, high = torch.cat([mask.flatten() for mask in masks]).aminmax()
+        if low != 0:
+            warnings.warn(
+                f"{CALLER}: feature_mask should hold ids from 0, but the smallest is {int(low)}; it is subtracted",
+                UserWarning,
+                stacklevel=3,
+            )
+        occurs = torch.zeros(int(high - low) + 1, dtype=torch.bool, device=device)
+        for mask in masks:
+            occurs[(mask - low).flatten()] = True
+        renumbered = occurs.cumsum(0) - 1
+        return cls(tuple(renumbered[mask - low] for mask in masks), occurs.nonzero().squeeze(1), len(occurs))
+
+    def place(self, values: Tensor) -> Tensor:
+        """Values ``[B, M']`` as float32 ``[B, M]``, 0 for ids that do not occur."""
+        placed = torch.zeros(len(values), self.n_ids, dtype=torch.float32, device=values.device)
+        placed[:, self.ids] = values.float()
+        return placed
+
+    def spread(self, values: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Values ``[B, M]`` in the shape of the inputs, or of the first where the batch has one value."""
+        maps = []
+        for mask, x in zip(self.masks, inputs, strict=True):
+            x = x[: len(values)]
+            mask = mask[: len(values)] if mask.dim() == x.dim() else mask
+            maps.append(values.gather(1, self.ids[mask].expand(x.shape).reshape(len(x), -1)).reshape(x.shape))
+        return tuple(maps)
+
+
+def _check_samples(n_samples: object) -> None:
+    if not isinstance(n_samples, Integral):
+        raise TypeError(f"{CALLER}: n_samples must be an int, got {type(n_samples).__name__}")
+    if n_samples < 1:
+        raise ValueError(f"{CALLER}: n_samples must be at least 1, and {_FEWEST} for an estimate, got {n_samples}")
+
+
+def _design(n_players: int, n_samples: int) -> tuple[str, int]:
+    """Estimator and seed; seeds come from torch's global generator.
+
+    Captum is exact for sums of single features once samples outnumber features. From ``2 M`` samples on so is this, and
+    for sums over pairs too: up to ``2.4 M`` one antithetic permutation sees to it, above that a design that tells all
+    players apart. A small design may not; of sixteen the one that does so best is taken.
+    """
+    enough = 2 * n_players <= n_samples < 2**n_players
+    if enough and 5 * n_samples < 12 * n_players:
+        return "permutation", _draw_seeds(1)[0]
+    if not enough or n_samples >= _LARGE:
+        return "auto", _draw_seeds(1)[0]
+    seeds = _draw_seeds(16)
+    drawn = [Coalitions.sample(n_players, n_samples, "leverage", seed=seed).present[1:] for seed in seeds]
+    signs = 2 * torch.stack(drawn).double() - 1  # [16, n - 1, M]
+    signs[:, 0] = 1  # the constraint: all values add up to the total
+    return "auto", seeds[int(torch.linalg.svdvals(signs)[:, -1].argmax())]
+
+
+def _draw_seeds(n: int) -> list[int]:
+    return torch.randint(2**63 - 1, (n,), device="cpu").tolist()
+
+
+def _even_split(rows: InputRows | BatchRows, masks: tuple[Tensor, ...], engine: dict) -> Tensor:
+    """Values ``[B, M']`` where the budget holds no estimate: the total in equal parts, 0 for absent players."""
+    players = resolve_players(masks, rows.inputs, CALLER)
+    if players.n_players > 1:
+        warnings.warn(
+            f"{CALLER}: n_samples must be at least {_FEWEST} for an estimate (full, empty and one pair of coalitions); "
+            f"the values are an even split; use at least {3 * players.n_players}",
+            UserWarning,
+            stacklevel=3,
+        )
+    one = tuple(torch.zeros_like(mask) for mask in masks)
+    total = kernel_shap(rows, rows.inputs, feature_mask=one, n_samples=2, **engine).values  # [B, 1]
+    shares = torch.ones(len(total), players.n_players, dtype=total.dtype, device=total.device)
+    if players.absent is not None:
+        shares[players.absent.to(total.device)] = 0
+    return total * shares / shares.sum(1, keepdim=True)
+
+
+def _as_tensors(value: object, name: str) -> tuple[Tensor, ...]:
+    given = value if isinstance(value, tuple) else (value,)
+    for part in given:
+        if not isinstance(part, Tensor):
+            raise AssertionError(f"{CALLER}: {name} must be a tensor or a tuple of tensors, got {type(part).__name__}")
+    return given
+
+
+def _as_baselines(baselines: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, ...]:
+    """One baseline an input."""
+    if baselines is None:
+        return tuple(False if x.dtype == torch.bool else 0 for x in inputs)
+    given = baselines if isinstance(baselines, tuple) else (baselines,)
+    for part in given:
+        if not isinstance(part, Tensor | int | float):
+            raise AssertionError(f"{CALLER}: baselines must be tensors or numbers, got {type(part).__name__}")
+    if len(given) != len(inputs):
+        raise ValueError(f"{CALLER}: baselines must hold one entry an input ({len(inputs)}), got {len(given)}")
+    return given
+
+
+def _promoted(inputs: tuple[Tensor, ...], baselines: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:
+    """Inputs in the dtype that a mixture with their baseline has."""
+    return tuple(x.to(torch.result_type(x, baseline)) for x, baseline in zip(inputs, baselines, strict=True))
