@@ -7,10 +7,12 @@ import pickle
 import shutil
 import struct
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -264,6 +266,31 @@ def test_hub_broken_and_missing_images(tmp_path):
     assert loaded.items == [None] * 3 and set(loaded.failures) == {0, 1, 2} and loaded.labels is None
 
 
+def test_missing_files_do_not_stop_the_fingerprint(folder, tmp_path):
+    (folder / "a" / "gone.png").symlink_to(tmp_path / "nothing")
+    data = open_data(f"imagefolder:{folder}")
+    assert len(data.fingerprint()) == 64 and len(data.load(range(len(data))).failures) == 1
+    features = datasets.Features({"image": datasets.Image()}).arrow_schema
+    (tmp_path / "hub").mkdir()
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / "nothing.png")}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=features), tmp_path / "hub" / "test.parquet")
+    data = open_data(f"hf:{tmp_path / 'hub'}")
+    assert len(data.fingerprint()) == 64 and data.load([0]).failures == {0: "No such file or directory"}
+
+
+def test_hub_without_rows(tmp_path):
+    make_dataset().select([]).save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match="xaifast.open_data: .* must be a directory"):
+        open_data(f"hf:{tmp_path / 'disk'}")
+
+
+def test_hub_directory_named_like_a_reader_of_the_library(folder, monkeypatch):
+    folder.rename(folder.parent / "imagefolder")
+    monkeypatch.chdir(folder.parent)
+    Image.fromarray(picture()).save("beside.png")
+    assert len(open_data("hf:imagefolder:train")) == 3
+
+
 def test_hub_labels_as_text(tmp_path):
     images = [Image.fromarray(picture())] * 3
     features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("string")})
@@ -349,6 +376,7 @@ NPZ = {
     "no batch axis": (dict(x=np.ones(3)), "reshape"),
     "labels too few": (dict(x=np.ones((2, 2)), y=np.ones(3, int)), r"\(2,\), got \(3,\)"),
     "labels continuous": (dict(x=np.ones((2, 2)), y=np.array([0.5, 1])), "classes"),
+    "labels infinite": (dict(x=np.ones((2, 2)), y=np.array([np.inf, 1])), "classes"),
 }
 
 
@@ -367,6 +395,10 @@ def test_npz_corrupt(tmp_path):
     content[5000] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read.*CRC"):
+        open_data(f"npz:{path}")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x", "text")
+    with pytest.raises(ValueError, match="'x' is no array"):
         open_data(f"npz:{path}")
     path.write_bytes(b"something")
     with pytest.raises(ValueError, match="np.savez"):
@@ -454,6 +486,7 @@ TABLES = {
     "gaps": (FRAME.assign(a=[1, None, None], c=[np.inf, 1, 2]), dict(label="y"), r"'a' \(2 of 3 rows\), 'c' \(1 of"),
     "too large": (FRAME.assign(a=[1e39, 0, 0]), dict(label="y"), r"finite in float32.*'a' \(1"),
     "continuous label": (FRAME[["a", "c"]], dict(label="a"), "1.5.*--drop a"),
+    "infinite label": (FRAME.assign(a=[0, np.inf, 1]), dict(label="a", drop=["y"]), "like inf.*--drop a"),
 }
 
 

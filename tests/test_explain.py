@@ -1,5 +1,6 @@
 """The command `xaifast explain`, called as a function."""
 
+import importlib.util
 import json
 import shutil
 from collections import namedtuple
@@ -16,7 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import xaifast
 from xaifast.cli import main
 from xaifast.models import MLP, ConvNet, VisionTransformer, save_model
-from xaifast.store import open_run
+from xaifast.run import open_run
 
 NAMES = ["cat", "coffee", "rocket"]
 
@@ -179,10 +180,21 @@ def test_unreadable_image_is_named_skipped_or_fatal(explain, photos, tmp_path, d
     assert fatal.status == 2 and "coffee/1.png" in fatal.err and "--on-error skip" in fatal.err
     skipped = explain(*photos, "--on-error", "skip", report=True, out="skipped")
     assert skipped.status == 0, skipped.err
-    assert "skipped 1 inputs" in skipped.out and "coffee/1.png" in (tmp_path / "skipped" / "report.html").read_text()
+    assert "could not be read: 1" in skipped.out and "coffee/1.png" in (tmp_path / "skipped" / "report.html").read_text()
     run = open_run("skipped")
     assert list(run.skipped) == [3] and torch.isnan(run[3]["values"]).all()
     assert torch.isfinite(run.tensor("values")[[0, 1, 2, 4, 5]]).all()
+
+
+def test_skipping_may_be_decided_later(explain, photos, tmp_path):
+    for i in range(2, 6):
+        shutil.copy(tmp_path / "images" / "rocket" / "0.png", tmp_path / "images" / "rocket" / f"{i}.png")
+    (tmp_path / "images" / "rocket" / "5.png").write_bytes(b"not an image")  # beyond the first eight
+    stopped = explain(*photos, "--chunk-size", 1)
+    assert stopped.status == 2 and "rocket/5.png" in stopped.err and open_run("out").finished == list(range(9))
+    again = explain(*photos, "--chunk-size", 1, "--on-error", "skip")
+    assert again.status == 0 and "9 finished" in again.out, again.err
+    assert list(open_run("out").skipped) == [9]
 
 
 def test_nothing_readable(explain, photos, tmp_path):
@@ -249,6 +261,7 @@ def test_wrong_processor(explain, photos, tmp_path):
         (["--device", "cuda"], "cuda"),
         (["--columns", "a,b"], "tables"),
         (["--image-size", 1, 2, 3], "--image-size"),
+        (["--mean", 0.5], "for images"),
     ],
 )
 def test_bad_arguments_write_nothing(explain, digits, tmp_path, arguments, said):
@@ -264,6 +277,97 @@ def test_arguments_that_do_not_parse(explain, digits):
         with pytest.raises(SystemExit) as stop:
             explain(*digits, *wrong)
         assert stop.value.code == 2
+
+
+def test_labels_that_are_no_classes_of_the_model(explain, digits, tmp_path):
+    np.savez("x.npz", x=np.zeros((5, 1, 8, 8), np.float32), y=[3, 9, 10, 4, 11])
+    wrong = explain(*digits, "--target", "label")
+    assert wrong.status == 2 and "2 of 5 have none, the first is 2" in wrong.err
+    np.savez("x.npz", x=np.zeros((5, 1, 8, 8), np.float32))
+    assert "5 of 5 have none" in explain(*digits, "--target", "label").err
+    assert explain(*digits, "--target", "label", "--limit", 2).status == 2 and not (tmp_path / "out").exists()
+
+
+ODD_MODELS = """
+import torch
+
+def number():
+    return lambda x: x.flatten(1).sum(1)
+
+def column():
+    return lambda x: x.flatten(1).sum(1, keepdim=True)
+
+def several():
+    return lambda x: (x, x)
+
+def maps():
+    return lambda x: x
+
+def small():  # memory for ten rows
+    def forward(x):
+        if len(x) > 10:
+            raise MemoryError
+        return x.flatten(1)[:, :3].square()
+    return forward
+"""
+
+
+def test_models_of_one_output(explain, digits, tmp_path):
+    (tmp_path / "odd.py").write_text(ODD_MODELS)
+    x = torch.from_numpy(np.load("x.npz")["x"])
+    sums = x.reshape(5, 4, 2, 4, 2).sum((2, 4)).flatten(1)  # of the patches: the model is additive
+    for model, target in (("number", "predicted"), ("column", "predicted"), ("column", 0), ("column", "all")):
+        out = f"{model}{target}"
+        said = explain("--model", f"py:odd:{model}", *digits[2:], "--patch", 2, "--target", target, out=out)
+        assert said.status == 0, said.err
+        assert torch.allclose(open_run(out).tensor("values").reshape(5, 16), sums, atol=1e-4)
+    refused = explain("--model", "py:odd:number", *digits[2:], "--target", 1)
+    assert refused.status == 2 and "one number an input" in refused.err
+    logit = explain("--model", "py:odd:number", *digits[2:], "--link", "logit")
+    assert logit.status == 2 and "probabilities" in logit.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("model", "said"), [("several", "got tuple"), ("maps", "got [5, 1, 8, 8]")])
+def test_models_of_another_kind(explain, digits, tmp_path, model, said):
+    (tmp_path / "odd.py").write_text(ODD_MODELS)
+    result = explain("--model", f"py:odd:{model}", *digits[2:])
+    assert result.status == 2 and "[b] or [b, K]" in result.err and said in result.err
+
+
+def test_memory_runs_out(explain, digits, table, tmp_path):
+    (tmp_path / "odd.py").write_text(ODD_MODELS)
+    model = ["--model", "py:odd:small", "--target", 0]
+    assert explain(*model, *digits[2:], "--patch", 2, "--batch-size", 64).status == 0
+    assert open_run("out").notes(0)["rows"] == 8
+    rows = ["--data", "csv:few.csv", *table[2:], "--n-samples", 8]
+    assert explain(*model, *rows, "--background", 20, "--batch-size", 16, out="pieces").status == 0
+    assert open_run("pieces").notes(0)["rows"] == 8  # fewer than one coalition with its background
+    assert torch.isfinite(open_run("pieces").tensor("values")).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(explain, digits, photos, table):
+    for arguments in (
+        [*digits, "--baseline", "mean"],
+        [*digits, "--autocast", "bf16"],
+        [*table, "--data", "csv:people.csv", "--background", 5],
+        [*photos, "--segments", "slic", "--n-segments", 9, "--target", "label"],
+        [*photos, "--removal", "token-drop"],
+    ):
+        values = []
+        for device in ("cpu", "cuda"):
+            said = explain(*arguments, "--device", device, out=f"{device}{arguments[-3:]}")
+            assert said.status == 0, said.err
+            values.append(open_run(f"{device}{arguments[-3:]}").tensor("values").nan_to_num())
+        assert torch.allclose(*values, atol=0.05 if "bf16" in arguments else 1e-3)
+
+
+def test_without_the_report_extra(explain, digits, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "jinja2" else find(name, *a))
+    said = explain(*digits, "--patch", 2, report=True)
+    assert said.status == 0 and open_run("out").complete and not (tmp_path / "out" / "report.html").exists()
+    assert said.out.index("no report.html: it needs jinja2") < said.out.index("model:")
 
 
 def test_full_disk_is_said_before_the_work(explain, digits, monkeypatch):
@@ -314,6 +418,8 @@ def test_limit_seed_and_threads(explain, digits):
         torch.set_num_threads(2)
         again = explain(*digits, "--limit", 2, "--seed", 5, "--chunk-size", 1)
         assert "note" not in again.out and torch.get_num_threads() == 1  # as the run began
+        other = explain(*digits, "--limit", 2, "--seed", 5, "--chunk-size", 2, "--batch-size", 7)
+        assert other.status == 0 and "note: --chunk-size stays 1" in other.out and "--batch-size stays" in other.out
     finally:
         torch.set_num_threads(before)
 

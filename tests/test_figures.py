@@ -101,6 +101,15 @@ def test_plot_chooses_inputs_and_outputs():
     assert len([a for a in pictures(image_result(batch=6)[0].plot(max_items=5)) if a.ndim == 3]) == 5
 
 
+def test_plot_takes_any_integer_and_all_inputs_that_are_named():
+    result = xaifast.kernel_shap(lambda x: torch.stack((x[:, 0], -x[:, 0]), 1), torch.rand(10, 3), n_samples=8)
+    for index in (3, np.int64(3), torch.tensor(3), [3], np.array([3])):
+        assert "input 3" in texts(result.plot(index, output=np.int64(1)))
+    assert "input 9" in texts(result.plot(range(10))) and "input 9" not in texts(result.plot())
+    with pytest.raises(TypeError):
+        result.plot([0.7])
+
+
 def test_plot_without_standard_errors():
     result, _ = image_result(n_samples=16)
     assert result.estimator == "exact" and "standard error" not in texts(result.plot())
@@ -190,14 +199,6 @@ def test_bad_output_and_names():
         result.plot(output=3)
     with pytest.raises(ValueError, match=r"one name a player \(3\), got 2"):
         result.plot(names=["a", "b"])
-
-
-def test_histogram_counts_everything_finite():
-    values = torch.cat((torch.arange(100.0), torch.tensor([torch.nan])))
-    figure = figures.histogram_figure(values, label="error")
-    assert sum(patch.get_height() for patch in figure.axes[0].patches) == 100
-    assert "median 49.5" in texts(figure) and "1 of 101 are not finite" in texts(figure)
-    png(figures.histogram_figure(torch.tensor([torch.nan]), label="error"))
 
 
 def test_no_global_state():

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from test_store import MANIFEST, STATIC
@@ -6,7 +7,8 @@ from xaifast.attribution.dataset import DESIGN_BLOCK, Batch, ShapleyChunks, chun
 from xaifast.attribution.kernel_shap import kernel_shap
 from xaifast.jobs import Chunk, run_job
 from xaifast.players import grid_mask
-from xaifast.store import Store, open_run
+from xaifast.run import open_run
+from xaifast.store import Store
 from xaifast.stream import Stream, part_of_job
 
 
@@ -104,9 +106,21 @@ def test_out_of_memory_is_recorded_and_replayed(tmp_path):
 
 def test_one_row_that_does_not_fit_ends_the_job(tmp_path):
     worker = Worker(most_rows=0)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="xaifast: out of memory with one model row .*too many rows"):
         run(tmp_path, worker, manifest={**MANIFEST, "rows": 4})
     assert [rows for _, rows in worker.computed] == [4, 2, 1]
+    later = Worker()
+    run(tmp_path, later, manifest={**MANIFEST, "rows": 4})
+    assert later.computed[0] == (0, 4)  # memory may be free another day
+
+
+def test_an_allocator_of_any_kind_ends_the_job_with_advice(tmp_path):
+    def compute(chunk, loaded, rows):
+        np.empty(2**50)  # NumPy's own error takes a shape and a dtype
+
+    store = Store(tmp_path, {**MANIFEST, "rows": 2}, STATIC)
+    with pytest.raises(MemoryError, match="one model row"):
+        run_job(store, lambda start, stop: None, compute, evaluations=1)
 
 
 @pytest.mark.parametrize("stage", ["load", "compute"])
@@ -145,6 +159,8 @@ def test_streams_of_a_job_count_and_do_not_halve():
             stream.run(8, step)
         with Stream(8, 2, show_progress=False, description="") as inner:
             inner.run(8, step)
+        with Stream(1, 1, show_progress=False, description="") as outer, pytest.raises(MemoryError, match="^$"):
+            outer.run(1, lambda start, stop: step(0, 3))  # a background in pieces: the job decides there too
     assert sum(done) == 8
     with stream:  # outside a job it goes on with less
         stream.run(8, step)
@@ -192,21 +208,17 @@ def test_an_input_does_not_depend_on_its_chunk():
         assert torch.equal(part["values"], whole["values"][start : start + 4])
 
 
-def test_all_outputs_and_labels():
+def test_all_outputs_and_an_output_for_each_input():
     x = torch.rand(4, 1, 8, 8)
     every = chunks(target=None, n_outputs=2)(0, batch(x), 16).tensors
     assert every["values"].shape == (4, 16, 2) and every["target"].tolist() == [-1] * 4
-    labelled = chunks(target="label")(0, batch(x), 16).tensors
-    assert labelled["target"].tolist() == [0, 1, 0, 1]
-    assert torch.allclose(labelled["values"][1], every["values"][1, :, 1], atol=1e-5)
-    swapped = chunks(target="label", outputs=torch.tensor([1, 0]))(0, batch(x), 16).tensors
-    assert swapped["target"].tolist() == [1, 0, 1, 0] and swapped["label"].tolist() == [0, 1, 0, 1]
-    with pytest.raises(ValueError, match="i1 has none"):
-        chunks(target="label", outputs=torch.tensor([1, -1]))(0, batch(x), 16)
-    unknown = batch(x)
-    unknown.labels = torch.tensor([0, 1, -1, 0])
-    with pytest.raises(ValueError, match="i2 has none"):
-        chunks(target="label")(0, unknown, 16)
+    chosen = torch.tensor([-1, -1, -1, -1, 1, 1, 0, 1])  # of the data set; the batch is its second half
+    torn = Batch(4, x[:3], [0, 2, 3], list("abcd"), torch.arange(4) % 2, None, {5: "truncated"})
+    result = chunks(target=chosen)(1, torn, 16).tensors
+    assert result["target"].tolist() == [1, -1, 0, 1] and result["label"].tolist() == [0, 1, 0, 1]
+    assert torch.allclose(result["values"][2], every["values"][1, :, 0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"0\.\.1 .*0 = i0"):
+        chunks(target=chosen)(0, batch(x), 16)
 
 
 def test_superpixels_are_explained_by_their_own_number():

@@ -281,11 +281,36 @@ def make():
     assert loaded.preprocess([None] * 3).shape == (3, 2)
 
 
-def test_modules_behind_functions_are_put_in_eval_mode(module):
-    code = "net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))\ndef make():\n    return lambda x: net(x).softmax(1)"
-    loaded = load_model(f"{module(code)}:make")
+HOLDERS = {
+    "function": "lambda x: net(x).softmax(1)",
+    "object": "Holder()",
+    "method": "Holder().run",
+    "partial": "functools.partial(call, net)",
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_modules_behind_functions_are_put_in_eval_mode_and_hashed(module, name):
+    code = f"""
+import functools
+call = lambda net, x: net(x)
+class Holder:
+    def __init__(self):
+        self.inner = net
+    def __call__(self, x):
+        return self.inner(x)
+    run = __call__
+net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+def make():
+    return {HOLDERS[name]}
+"""
+    source = module(code)
+    loaded = load_model(f"{source}:make")
     x = torch.rand(3, 2)
     assert torch.equal(loaded.forward(x), loaded.forward(x))
+    with torch.no_grad():
+        sys.modules[source.removeprefix("py:")].net[0].bias.add_(1)
+    assert load_model(f"{source}:make").fingerprint != loaded.fingerprint
 
 
 @pytest.mark.parametrize("frame", [False, True])
@@ -368,6 +393,11 @@ BAD_CODE = {
         ValueError,
         "must be picklable",
     ),
+    "input size": (
+        "make = nn.Linear(1, 1)\nmake.input_size = (3, 8, 8)",
+        TypeError,
+        r"input_size must be .*\(3, 8, 8\)",
+    ),
     "class names": ("make = nn.Linear(1, 1)\nmake.class_names = 'ab'", TypeError, "class_names must be a list"),
 }
 
@@ -449,15 +479,27 @@ def test_corrupt_saved_models(tmp_path):
         ('"format": 1', '"format": 2', "got format 2"),
         ('"in_features"', '"features"', "corrupt"),
         ('"in_features": 2', '"in_features": 3', "corrupt"),
+        ('"hidden": [', '"hidden": [1000000000000, ', "corrupt.*size mismatch"),
+        ('"class_names": null', '"class_names": ["a"]', r"corrupt.*one an output, got \['a'\]"),
+        ('"MLP"', '["MLP"]', r"model \['MLP'\]"),
         ("{", "", "corrupt"),
     ]:
         (tmp_path / "config.json").write_text(config.replace(old, new, 1))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             load_model(spec)
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         load_model(spec)
+
+
+def test_loading_leaves_random_state_alone(tmp_path, vit):
+    save_model(ConvNet(), tmp_path)
+    before = torch.get_rng_state()
+    for spec in (f"xaifast:{tmp_path}", f"hf:{vit}"):
+        loaded = load_model(spec).forward
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(x.device.type == "cpu" and x.dtype == torch.float32 for x in loaded.parameters())
 
 
 def test_weights_of_another_saving_are_refused(tmp_path):

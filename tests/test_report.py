@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from xaifast import figures
-from xaifast.report import write_report
+from xaifast.report import formats, write_report
 from xaifast.report.results import read_results
 
 MASK = xaifast.grid_mask((8, 8), 4)
@@ -161,6 +161,12 @@ def test_names_are_escaped(tmp_path):
     assert all(address.startswith("data:image/") for address in parsed.addresses)
 
 
+def test_names_that_are_not_text(tmp_path):
+    """A file name is bytes; Python decodes what is not UTF-8 to lone surrogates."""
+    text = page(make_run(tmp_path, classes=("caf\udce9", "dog", "bird")))
+    assert "caf\\udce9" in text
+
+
 def test_needs_no_network(tmp_path):
     html = page(make_run(tmp_path))
     parsed = parse(html)
@@ -172,7 +178,7 @@ def test_needs_no_network(tmp_path):
 def test_same_run_same_bytes(tmp_path):
     run = make_run(tmp_path)
     first = page(run)
-    assert page(xaifast.store.open_run(tmp_path)) == first
+    assert page(xaifast.open_run(tmp_path)) == first
 
 
 def test_incomplete_run(tmp_path):
@@ -228,6 +234,15 @@ def test_misclassified(tmp_path):
     assert "misclassified" not in text and "labelled" not in text
 
 
+@pytest.mark.parametrize(("names", "wrong"), [(("n01", "n02", "n03"), 0), (("dog", "cat", "bird"), 8)])
+def test_labels_of_other_names(tmp_path, names, wrong):
+    """Compared by name where some are common, else by number, as `--target label` does."""
+    run = make_run(tmp_path)
+    run.manifest["data"]["class_names"] = list(names)
+    counts = re.findall(r"inputs, (\d+) misclassified", parse(page(run)).plain)
+    assert sum(map(int, counts)) == wrong
+
+
 def test_table(tmp_path):
     run = make_run(tmp_path, mask=torch.arange(4))
     row = torch.tensor([1.5, 2.5, 3.5, 4.5])
@@ -237,6 +252,10 @@ def test_table(tmp_path):
     section = parsed.plain.split("cat 4 inputs")[1]
     assert re.findall(r"column \d", section)[:4] == order
     assert "column 2 = 3.5" in parsed.plain and not parsed.addresses
+    at = int(read_results(run).total.argmax())
+    value, error = (run.tensor(name)[at].tolist() for name in ("values", "std_errors"))
+    top = max(range(4), key=lambda i: abs(value[i]))
+    assert f"{formats.number(value[top], signed=True)} ± {formats.number(error[top])}" in parsed.plain
 
 
 def test_all_outputs_show_the_predicted_one(tmp_path):
@@ -293,5 +312,5 @@ def test_small_and_quick_with_many_large_pictures(tmp_path):
 def test_corrupt_chunk_is_named(tmp_path):
     run = make_run(tmp_path)
     run.chunk_path(1).write_bytes(b"nonsense")
-    with pytest.raises(xaifast.store.StoreError, match=r"000001\.safetensors"):
-        page(xaifast.store.open_run(tmp_path))
+    with pytest.raises(xaifast.run.StoreError, match=r"000001\.safetensors"):
+        page(xaifast.open_run(tmp_path))

@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import xaifast.store
-from xaifast.store import Store, StoreError, open_run
+from xaifast.run import StoreError, open_run
+from xaifast.store import Store
 
 MANIFEST = {
     "kind": "attributions",
@@ -59,6 +62,12 @@ def test_every_result_comes_back_by_index(complete):
     }
     assert torch.equal(run.segments(3), STATIC["feature_mask"])
     assert "complete" in repr(run)
+
+
+def test_samplers_and_workers_of_data_loaders(complete):
+    run = open_run(complete)
+    assert torch.equal(run[np.int64(7)]["values"], run[7]["values"]) and run.name(torch.tensor(7)) == "7.png"
+    assert torch.equal(pickle.loads(pickle.dumps(run))[7]["values"], run[7]["values"])
 
 
 @pytest.mark.parametrize("index", [-1, 10, 1.0])
@@ -170,6 +179,7 @@ def test_another_model_or_data_shows_both_hashes(complete, what):
         ({"settings": {"n_samples": 8, "features": {"patch": 2}, "new": 1}}, "settings.new was null, is 1"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"n_items": 11}, "n_items was 10, is 11"),
+        ({"data": {**MANIFEST["data"], "kind": "table"}}, "data.kind was null"),
     ],
 )
 def test_other_settings_are_named(complete, change, said):
@@ -181,6 +191,18 @@ def test_other_settings_are_named(complete, change, said):
 def test_other_static_tensors_are_refused(complete):
     with pytest.raises(StoreError, match="static was"):
         Store(complete, MANIFEST, {"feature_mask": STATIC["feature_mask"] + 1})
+
+
+def test_model_and_data_may_have_moved(complete):
+    moved = {what: {**MANIFEST[what], "spec": "npz:/elsewhere"} for what in ("model", "data")}
+    assert Store(complete, {**MANIFEST, **moved}, STATIC).complete
+
+
+def test_chunks_of_who_knows_what_are_not_taken_over(complete):
+    (complete / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"chunks without the manifest\.json"):
+        Store(complete, {**MANIFEST, "seed": 1}, STATIC)
+    assert not (complete / "manifest.json").exists()
 
 
 def test_chunking_and_versions_are_the_first_runs(complete):
@@ -215,6 +237,15 @@ def test_corrupt_chunk_is_named_and_can_be_redone(complete, damage):
     assert path.read_bytes() == before
 
 
+def test_every_changed_byte_is_noticed(complete):
+    path = open_run(complete).chunk_path(1)
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        with pytest.raises(StoreError, match=r"000001\.safetensors is corrupt"):
+            open_run(complete).verify()
+
+
 def test_corrupt_static_tensors_and_manifest(complete):
     damage_tail(complete / "static.safetensors")
     with pytest.raises(StoreError, match="static"):
@@ -222,6 +253,9 @@ def test_corrupt_static_tensors_and_manifest(complete):
     manifest = complete / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     with pytest.raises(StoreError, match="format 1, got 99"):
+        open_run(complete)
+    manifest.write_text("[]")
+    with pytest.raises(StoreError, match="format 1, got None"):
         open_run(complete)
     manifest.write_text("{")
     with pytest.raises(StoreError, match="cannot read"):
@@ -247,6 +281,18 @@ def test_full_disk_keeps_what_is_finished(tmp_path, monkeypatch, code, remedy):
     assert store.finished == [0] and not list(tmp_path.rglob("*.tmp"))
     fill(store)
     assert open_run(tmp_path).complete
+
+
+def test_what_a_kill_left_goes_away(tmp_path):
+    first, second = (Store(tmp_path, MANIFEST, STATIC, rank=rank, world=2) for rank in range(2))
+    first.close()
+    left = [tmp_path / f".static.safetensors.{rank}.tmp" for rank in range(2)]
+    left += [tmp_path / "chunks" / f".000000.safetensors.{rank}.tmp" for rank in range(2)]
+    for path in left:
+        path.write_bytes(b"half")
+    Store(tmp_path, MANIFEST, STATIC, rank=0, world=2)
+    assert [path.exists() for path in left] == [False, True] * 2  # the other process may be writing
+    second.close()
 
 
 def test_wrong_lengths_are_refused(tmp_path):

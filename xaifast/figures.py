@@ -1,4 +1,4 @@
-"""Drawing attributions: signed maps over pictures, bars from base to full value, histograms.
+"""Drawing attributions: signed maps over pictures, bars from base to full value.
 
 Everything takes tensors or arrays and returns a ``matplotlib.figure.Figure`` that belongs to nobody: no pyplot, no
 global state, no change of backend. One colour scale serves all: orange speaks for the output, purple against it, and
@@ -233,27 +233,6 @@ def bar_figure(
             axis.set_title(titles[i], fontsize=9, color=_INK, loc="left", pad=14 if base is not None else 6)
     if caption:
         figure.suptitle(caption, fontsize=9, color=_INK)
-    return figure
-
-
-def histogram_figure(values: object, *, label: str, bins: int = 30) -> Figure:
-    """How the finite values of any shape are distributed; the median is marked, the others are counted in the title."""
-    values = as_array(values).ravel()
-    finite = values[np.isfinite(values)]
-    figure = _new_figure(5.2, 2.8)
-    axis = figure.subplots()
-    _clean(axis)
-    if finite.size:
-        axis.hist(finite, bins=bins, color="#8a8f98", edgecolor="white", linewidth=0.5)
-        median = float(np.median(finite))
-        axis.axvline(median, color=_INK, linewidth=1)
-        axis.set_title(f"median {median:.3g}", fontsize=9, color=_INK, loc="left")
-    if finite.size < values.size:
-        axis.set_title(
-            f"{values.size - finite.size} of {values.size} are not finite", fontsize=8, color=_FAINT, loc="right"
-        )
-    axis.set_xlabel(label, fontsize=8, color=_INK)
-    axis.set_ylabel("count", fontsize=8, color=_INK)
     return figure
 
 

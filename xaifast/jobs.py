@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .store import Store
-from .stream import is_out_of_memory, part_of_job
+from .stream import is_out_of_memory, part_of_job, too_large
 
 logger = logging.getLogger("xaifast")
 
@@ -99,8 +99,11 @@ def _compute(
             with part_of_job(bar.advance):
                 return compute(chunk, loaded, rows), rows
         except Exception as error:
-            if not is_out_of_memory(error) or rows == 1 or str(error).startswith("xaifast:"):
+            if not is_out_of_memory(error):
                 raise
+            if rows == 1:
+                store.shrink(chunk, None)  # nothing was made with fewer rows, and memory may be free another day
+                raise too_large(error, "one model row a call") from error
         # Outside the handler, so that the failed frames and their tensors are gone.
         store.shrink(chunk, rows // 2)
         store.note("out of memory", chunk=chunk, rows=rows // 2)

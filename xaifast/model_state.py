@@ -13,8 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def find_modules(forward: object) -> Iterator[nn.Module]:
-    """The ``nn.Module`` objects behind a callable: itself, or what a method, partial, decorated function or closure
-    holds and a function names among its globals.
+    """The ``nn.Module`` objects behind a callable: itself, or what an object has as attributes, what a method, partial,
+    decorated function or closure holds, and what a function names among its globals.
     """
     waiting, seen = [forward], set()
     while waiting:
@@ -25,7 +25,7 @@ def find_modules(forward: object) -> Iterator[nn.Module]:
         if isinstance(found, nn.Module):
             yield found
         elif isinstance(found, functools.partial):
-            waiting.append(found.func)
+            waiting += (found.func, *found.args, *found.keywords.values())
         elif isinstance(found, types.MethodType):
             waiting += (found.__self__, found.__func__)
         elif isinstance(found, types.FunctionType):
@@ -36,6 +36,8 @@ def find_modules(forward: object) -> Iterator[nn.Module]:
                     continue
             named = (found.__globals__.get(name) for name in found.__code__.co_names)
             waiting += (value for value in named if isinstance(value, nn.Module))
+        else:
+            waiting += (value for value in getattr(found, "__dict__", {}).values() if isinstance(value, nn.Module))
 
 
 def is_compiled(forward: object) -> bool:

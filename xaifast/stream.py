@@ -40,6 +40,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def too_large(error: Exception, what: str) -> Exception:
+    """What to raise where nothing smaller can be tried; the kind a caller expects, with advice."""
+    kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else MemoryError
+    return kind(
+        f"xaifast: out of memory with {what}; free memory, or use a smaller model, input or background ({error})"
+    )
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -114,13 +122,10 @@ class Stream:
             except Exception as error:
                 if not is_out_of_memory(error) or str(error).startswith("xaifast:"):
                     raise
-                if _job.get() is not None and stop - start > 1:
+                if _job.get() is not None:
                     raise
                 if stop - start == 1:
-                    raise type(error)(
-                        "xaifast: out of memory with a single unit of work in flight, so no smaller chunk can be "
-                        f"tried; free memory, or use a smaller model, input or background ({error})"
-                    ) from error
+                    raise too_large(error, "a single unit of work in flight") from error
                 fits = False
             if not fits:  # outside the handler, so that the failed frames and their tensors are gone
                 limit = (stop - start) // 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +54,10 @@ def plot_result(
 def _rows(index: int | Sequence[int] | None, batch: int, max_items: int) -> list[int]:
     if index is None:
         return list(range(min(batch, max_items)))
-    rows = [index] if isinstance(index, int) else [int(i) for i in index][:max_items]
+    try:
+        rows = [operator.index(index)]
+    except TypeError:
+        rows = [operator.index(i) for i in index]
     if not rows or not all(-batch <= i < batch for i in rows):
         raise IndexError(f"{_CALLER}: index must name inputs 0..{batch - 1}, got {index!r}")
     return [i % batch for i in rows]
@@ -69,9 +74,9 @@ def _one_output(result: ShapleyResult, rows: list[int], output: int | None) -> t
             )
         return (*parts, None if result.targets is None else result.targets[rows].tolist())
     n_outputs = result.values.shape[2]
-    if output is not None and not (isinstance(output, int) and 0 <= output < n_outputs):
+    if output is not None and not (isinstance(output, Integral) and 0 <= output < n_outputs):
         raise ValueError(f"{_CALLER}: output must be an int in 0..{n_outputs - 1}, got {output!r}")
-    chosen = parts[3].argmax(1) if output is None else torch.full((len(rows),), output)
+    chosen = parts[3].argmax(1) if output is None else torch.full((len(rows),), int(output))
     at = torch.arange(len(rows))
     values, errors, base, full = parts
     return values[at, :, chosen], errors[at, :, chosen], base[at, chosen], full[at, chosen], chosen.tolist()

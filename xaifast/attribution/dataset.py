@@ -62,21 +62,19 @@ class ShapleyChunks:
     Attributes:
         forward: The model.
         seed: Of all designs.
-        target: ``"predicted"``, ``"label"``, an output, or None for all.
+        target: ``"predicted"``, an output, LongTensor ``[N]`` of one for each input of the data set, or None for all.
         n_outputs: K of the results; None where they have no K axis.
         feature_mask: Shared by all inputs; None where batches bring superpixels.
         options: Further arguments of `kernel_shap`.
-        outputs: The model's output by label (-1: none), where the two are numbered differently.
         device: Where the model is.
     """
 
     forward: Callable
     seed: int
-    target: int | str | None
+    target: int | str | Tensor | None
     n_outputs: int | None
     feature_mask: Tensor | None
     options: dict
-    outputs: Tensor | None = None
     device: str | torch.device = "cpu"
 
     def __call__(self, chunk: int, batch: Batch, rows: int) -> Chunk:
@@ -129,18 +127,9 @@ class ShapleyChunks:
 
     def _explain(self, batch: Batch, group: Tensor, rows: int) -> ShapleyResult:
         places = [batch.kept[i] for i in group.tolist()]
-        target: object = self.target
-        if target == "label":
-            target = batch.labels[places]
-            if self.outputs is not None:
-                target = torch.where(target < 0, target, self.outputs[target])
-            if bool((target < 0).any()):
-                lost = batch.names[places[int((target < 0).nonzero()[0])]]
-                raise ValueError(
-                    f'xaifast explain: target "label" needs a label among the model\'s classes for every input, but '
-                    f'{lost} has none; use "predicted"'
-                )
-            target = target.to(self.device)
+        target = self.target
+        if isinstance(target, Tensor):
+            target = target[[batch.start + i for i in places]].to(self.device)
         try:
             return kernel_shap(
                 self.forward,

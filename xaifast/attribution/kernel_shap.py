@@ -70,7 +70,7 @@ class ShapleyResult:
             index: Which inputs; None for the first ``max_items``.
             output: Which output where values have a K axis; None for the one with the largest full value of each input.
             names: M names of players, for bars.
-            max_items: Inputs drawn at most.
+            max_items: Inputs drawn where ``index`` does not say.
 
         Returns:
             ``matplotlib.figure.Figure``; notebooks show it, ``.savefig(path)`` writes it.

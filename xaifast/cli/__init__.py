@@ -9,7 +9,7 @@ import warnings
 from types import FrameType
 
 from .. import __version__
-from ..store import StoreError
+from ..run import StoreError
 from . import explain, info
 
 _EXPECTED = (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, StoreError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -17,7 +18,8 @@ import torch
 from ..attribution.dataset import DESIGN_BLOCK
 from ..jobs import run_job
 from ..models.loading import load_model
-from ..store import Store, StoreError
+from ..run import StoreError
+from ..store import Store
 from .shapley_job import AUTOCAST, REMOVALS, ShapleyJob, prepare
 
 
@@ -108,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     job = prepare(args, load_model(args.model, device=device), device)
     job.manifest["command"] = _command(args, world)
     store = Store(args.out, job.manifest, job.static, rank=rank, world=world)
-    for remark in store.remarks(job.manifest):
-        say(f"note: {remark}; the last digits of further results may differ from an uninterrupted run's")
+    for line in _notes(args, job, store):
+        say(f"note: {line}")
     for line in job.lines:
         say(line)
     try:
@@ -133,20 +135,57 @@ def run(args: argparse.Namespace) -> int:
             rows_per_evaluation=job.n_background,
             show_progress=rank == 0 and not args.quiet,
         )
+        if store.complete:
+            _finish(args, job, store)
+        else:
+            say(f"{len(store.finished)} of {store.n_chunks} chunks are finished, others are at work on the rest")
     except BaseException:
-        say(
-            f"\n{len(store.finished)} of {store.n_chunks} chunks are finished and kept in {args.out}; to go on:\n  "
-            f"{_command(args, world)}"
-        )
+        if rank == 0:
+            print(
+                f"\n{len(store.finished)} of {store.n_chunks} chunks are finished and kept in {args.out}; to go on:\n  "
+                f"{_command(args, world)}"
+            )
         raise
     finally:
         store.close()
+    return 0
+
+
+def _finish(args: argparse.Namespace, job: ShapleyJob, store: Store) -> None:
+    """Summary and report, by whichever process was last; two may be, so the report is moved into its place."""
+    say = _say_nothing if args.quiet else print
     say(_summary(store))
-    if store.complete and not args.no_report:
+    if not args.no_report and not _missing_for_report():
         from ..report import write_report
 
-        say(f"report: {write_report(store, args.out / 'report.html', inputs=job.loader.picture)}")
-    return 0
+        path = store.directory / "report.html"
+        part = path.with_name(f".report.html.{store.rank}.tmp")
+        write_report(store, part, inputs=job.loader.picture)
+        say(f"report: {part.replace(path)}")
+
+
+def _notes(args: argparse.Namespace, job: ShapleyJob, store: Store) -> list[str]:
+    """What the user may not expect."""
+    notes = [
+        f"{remark}; the last digits of further results may differ from an uninterrupted run's"
+        for remark in store.remarks(job.manifest)
+    ]
+    for option, given, key in (
+        ("--batch-size", args.batch_size, "rows"),
+        ("--chunk-size", args.chunk_size, "chunk_size"),
+    ):
+        if given and given != store.manifest[key]:
+            notes.append(f"{option} stays {store.manifest[key]}, as the run began")
+    if not args.no_report and (missing := _missing_for_report()):
+        notes.append(
+            f"there will be no report.html: it needs {' and '.join(missing)}; pip install 'xaifast[report]' and run "
+            "the same command again, now or later"
+        )
+    return notes
+
+
+def _missing_for_report() -> list[str]:
+    return [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
 
 
 def _plan(job: ShapleyJob, store: Store, floor: float) -> list[str]:
@@ -154,7 +193,7 @@ def _plan(job: ShapleyJob, store: Store, floor: float) -> list[str]:
     pending = sum(stop - start for start, stop in map(store.bounds, set(range(store.n_chunks)) - set(store.finished)))
     rows = len(store) * job.n_samples * job.n_background
     background = f" × {job.n_background} background rows" if job.n_background > 1 else ""
-    done = f", {len(store.finished)} of them finished" if store.finished else ""
+    done = f", {len(store.finished)} finished" if store.finished else ""
     seconds = pending * job.n_samples * job.n_background / floor / store.world
     workers = f"{store.world} processes of " if store.world > 1 else ""
     needed, free = job.result_bytes(pending), shutil.disk_usage(store.directory).free
@@ -167,8 +206,8 @@ def _plan(job: ShapleyJob, store: Store, floor: float) -> list[str]:
         f"work:     {len(store):,} inputs × {job.n_samples:,} evaluations{background} = {rows:,} model rows",
         f"time:     about {_duration(seconds)} at the bare forward's {floor:,.0f} rows/s ({workers}"
         f"{torch.get_num_threads()} threads, {store.manifest['rows']} rows a call)",
-        f"output:   {_size(job.result_bytes(len(store)))} in {store.directory}, {store.n_chunks} chunks of "
-        f"{store.manifest['chunk_size']} inputs{done}",
+        f"output:   {_size(job.result_bytes(len(store)))} in {store.directory}, chunks of "
+        f"{store.manifest['chunk_size']} inputs ({store.n_chunks} in all{done})",
     ]
 
 
@@ -182,7 +221,7 @@ def _summary(store: Store) -> str:
             "bare forward"
         )
     if store.skipped:
-        text += f"\nskipped {len(store.skipped)} inputs that could not be read; the report names them"
+        text += f"\nskipped, as they could not be read: {len(store.skipped)}; the report names them"
     return text
 
 
@@ -199,7 +238,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _recorded_threads(directory: Path) -> int | None:
     """Threads a run that is there began with: other numbers change the last digits."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):  # whatever is wrong with it, the store says so
         return json.loads((directory / "manifest.json").read_text())["threads"]
     return None
 

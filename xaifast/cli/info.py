@@ -137,14 +137,10 @@ def _self_test(checks: list[Check] | None) -> str:
     summary = f"{len(failed)} FAILED" if failed else "passed"
     rest = f", {skipped} skipped" if skipped else ""
     rows = [
-        (check.name, f"{'skipped' if check.skipped else 'ok' if check.ok else 'FAILED':<8}{_finding(check)}")
+        (check.name, f"{'skipped' if check.skipped else 'ok' if check.ok else 'FAILED':<8}{check.detail}")
         for check in checks
     ]
     return _section(f"Self-test: {summary} ({_count(len(checks), 'check')}{rest}, {seconds:.1f} s)", rows)
-
-
-def _finding(check: Check) -> str:
-    return check.detail.partition(": ")[2] if check.skipped else check.detail
 
 
 def _count(n: int, noun: str) -> str:

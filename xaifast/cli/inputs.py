@@ -52,13 +52,25 @@ class InputLoader:
             size = image_size or model.input_size
             self._preprocess = lambda items: scale_images(items, size, mean, std)
             self.preprocessing = {"image_size": size, "image_mean": mean, "image_std": std}
+        elif image_size or mean or std:
+            raise ValueError(
+                f"xaifast explain: --image-size, --mean and --std are for images, and {data.spec} holds model inputs; "
+                "leave them out"
+            )
 
     def __call__(self, start: int, stop: int) -> Batch:
-        """The inputs ``[start, stop)``.
+        """The inputs ``[start, stop)``, with their superpixels.
 
         Raises:
             ValueError: an input cannot be read and is not to be skipped; names it.
         """
+        batch = self._read(start, stop)
+        if self._segments is not None:
+            found = [superpixels(x, self._segments) for x in batch.inputs]
+            batch.segments = torch.stack(found) if found else torch.empty(0)
+        return batch
+
+    def _read(self, start: int, stop: int) -> Batch:
         loaded = self.data.load(range(start, stop))
         if loaded.failures and not self._skip:
             position, reason = next(iter(sorted(loaded.failures.items())))
@@ -69,11 +81,8 @@ class InputLoader:
         kept = [i for i in range(stop - start) if i not in loaded.failures]
         inputs = self._preprocess([loaded.items[i] for i in kept]) if kept else torch.empty(0)
         labels = loaded.labels if loaded.labels is not None else torch.full((stop - start,), -1)
-        segments = None
-        if self._segments is not None:
-            segments = torch.stack([superpixels(x, self._segments) for x in inputs]) if kept else torch.empty(0)
         skipped = {start + i: reason for i, reason in loaded.failures.items()}
-        return Batch(start, inputs, kept, loaded.names, labels, segments, skipped)
+        return Batch(start, inputs, kept, loaded.names, labels, skipped=skipped)
 
     def first(self, n: int) -> Tensor:
         """The first ``n`` readable inputs, ``[<= n, ...]``.
@@ -85,7 +94,7 @@ class InputLoader:
         start = 0
         while start < len(self.data) and len(found) < n:
             stop = min(len(self.data), start + n)
-            batch = self(start, stop)
+            batch = self._read(start, stop)
             found += batch.inputs[: n - len(found)]
             start = stop
         if not found:
@@ -94,7 +103,7 @@ class InputLoader:
 
     def picture(self, index: int) -> np.ndarray:
         """An input as the model sees it, for display: ``[H, W]`` or ``[H, W, 3]`` in 0..1, or a row of numbers."""
-        batch = self(index, index + 1)
+        batch = self._read(index, index + 1)
         if not batch.kept:
             raise ValueError(f"xaifast: {batch.names[0]} cannot be read: {batch.skipped[index]}")
         x = batch.inputs[0].double()

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.metadata
 import platform
+import statistics
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import __version__
 from ..attribution.dataset import ShapleyChunks, chunk_size
 from ..attribution.kernel_shap import check_budget
-from ..data import DataSource, open_data
+from ..data import open_data
 from ..evaluate import Evaluator
 from ..model_state import find_modules
 from ..models.loading import LoadedModel
-from ..players import grid_mask, resolve_players
-from ..removal import Background, TokenDrop, TokenSelect, resolve_removal
+from ..players import resolve_players
+from ..removal import TokenDrop, TokenSelect, resolve_removal
+from ..stream import is_out_of_memory
+from .choices import choose_baselines, choose_features, choose_target
 from .inputs import InputLoader, superpixels
 
 REMOVALS = {"baseline": None, "blur": "blur", "token-drop": TokenDrop(), "token-select": TokenSelect()}
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _CALLER = "xaifast explain"
-_GRID = 7  # patches a side where nobody says
-_MEAN_OF = 256  # inputs behind --baseline mean
-_BACKGROUND_ROWS = 100
 _PROBE = 8  # inputs the model is tried on
 
 
@@ -58,27 +56,43 @@ class ShapleyJob:
     lines: list[str]
 
     def forward_rate(self, rows: int) -> float:
-        """Rows a second of the bare model in calls of ``rows``, or of fewer where such a call takes long."""
-        n = min(rows, _PROBE)
+        """Rows a second of the bare model in calls of ``rows``, or of fewer where such a call takes long or much."""
+        n, rate = min(rows, _PROBE), 0.0
         while True:
-            batch = self.example.repeat(-(-n // len(self.example)), *(1,) * (self.example.dim() - 1))[:n].contiguous()
-            seconds = []
-            with torch.inference_mode():
-                for _ in range(3):  # the first call allocates
-                    start = time.perf_counter()
-                    self.compute.forward(batch)
-                    if batch.is_cuda:
-                        torch.cuda.synchronize(batch.device)
-                    seconds.append(time.perf_counter() - start)
-            if n == rows or min(seconds) > 0.1:
-                return n / min(seconds)
+            try:
+                seconds = self._forward_seconds(n)
+            except Exception as error:
+                if not is_out_of_memory(error) or n == 1:
+                    raise
+                if rate:
+                    return rate
+                n //= 2
+                continue
+            rate = n / seconds
+            if n == rows or seconds > 0.1:
+                return rate
             n = min(rows, 4 * n)
+
+    def _forward_seconds(self, n: int) -> float:
+        batch = self.example.repeat(-(-n // len(self.example)), *(1,) * (self.example.dim() - 1))[:n].contiguous()
+        dtype = self.compute.options["autocast"]
+        seconds: list[float] = []
+        with torch.inference_mode(), torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+            self.compute.forward(batch)  # allocates
+            while sum(seconds) < 0.1:
+                start = time.perf_counter()
+                self.compute.forward(batch)
+                if batch.is_cuda:
+                    torch.cuda.synchronize(batch.device)
+                seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def result_bytes(self, n_inputs: int) -> int:
         """Roughly what results take on disk."""
-        per_player = 8 * self.manifest["n_players"] * (self.compute.n_outputs or 1)
+        n_values = 2 * (self.manifest["n_players"] + 1) * (self.compute.n_outputs or 1)
         segments = 2 * self.example[0, 0].numel() if self.compute.feature_mask is None else 0
-        return n_inputs * (per_player + segments + 100) + 4000
+        n_chunks = -(-n_inputs // self.manifest["chunk_size"])
+        return n_inputs * (max(4, self.example.element_size()) * n_values + segments + 50) + 1000 * n_chunks + 4000
 
 
 def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> ShapleyJob:
@@ -100,18 +114,18 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
         skip=args.on_error == "skip",
     )
     example = loader.first(_PROBE)
-    feature_mask, features = _features(args, model, data, example)
-    baselines, replaced = _baselines(args, loader, example)
-    one_output = _try_model(model, example.to(device)) == 1
-    target, explained = (None, "the output") if one_output else _target(args.target, model, data)
+    feature_mask, features = choose_features(args, model, data, example)
+    baselines, replaced, static = choose_baselines(args, loader, example, device)
+    players = superpixels(example[0], args.n_segments) if feature_mask is None else feature_mask
+    example = example.to(device)
+    n_items = min(len(data), args.limit or len(data))
+    target, explained = choose_target(args.target, model, data, n_items, _n_outputs(model, example))
     evaluator = Evaluator(
         model.forward,
-        (example.to(device),),
-        players=resolve_players(
-            superpixels(example[0], args.n_segments) if feature_mask is None else feature_mask, (example,), _CALLER
-        ),
+        (example,),
+        players=resolve_players(players, (example,), _CALLER),
         baselines=baselines,
-        target="predicted" if target == "label" else target,
+        target="predicted" if isinstance(target, Tensor) else target,
         removal=resolve_removal(REMOVALS[args.removal], _CALLER),
         batch_size=args.batch_size or "auto",
         autocast=AUTOCAST[args.autocast],
@@ -119,6 +133,11 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
     )
     n_players = args.n_segments if feature_mask is None else int(feature_mask.max()) + 1
     check_budget(n_players, args.n_samples, args.estimator)
+    if args.link == "logit" and not bool(torch.isfinite(torch.logit(evaluator.full)).all()):
+        raise ValueError(
+            f"{_CALLER}: --link logit needs a model whose answers are probabilities strictly between 0 and 1, got "
+            f"answers from {float(evaluator.full.min()):.4g} to {float(evaluator.full.max()):.4g}; leave it out"
+        )
     n_samples = min(args.n_samples - args.n_samples % 2, 2 ** min(n_players, 62))
     n_outputs = evaluator.full.shape[1] if evaluator.has_output_axis else None
     compute = ShapleyChunks(
@@ -135,13 +154,9 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
             "baselines": baselines,
             "autocast": AUTOCAST[args.autocast],
         },
-        outputs=_outputs_by_label(model, data),
         device=device,
     )
-    n_items = min(len(data), args.limit or len(data))
-    size = chunk_size(
-        n_samples, n_samples * evaluator.n_background, _row_flop(model, example.to(device)), n_outputs or 1
-    )
+    size = chunk_size(n_samples, n_samples * evaluator.n_background, _row_flop(model, example), n_outputs or 1)
     manifest = {
         "kind": "attributions",
         "method": args.method,
@@ -168,17 +183,13 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
             "baseline": replaced,
             "preprocessing": loader.preprocessing,
             "autocast": args.autocast,
-            "on_error": args.on_error,
         },
         "versions": _versions(args),
         "threads": torch.get_num_threads(),
         "device": torch.device(device).type,
     }
-    static = {"feature_mask": feature_mask} if feature_mask is not None else {}
-    if isinstance(baselines, Background):
-        static["background"] = baselines.rows
-    elif isinstance(baselines, Tensor):
-        static["baseline"] = baselines
+    if feature_mask is not None:
+        static["feature_mask"] = feature_mask
     shown = "are dropped from the sequence" if args.removal == "token-drop" else f"show {replaced}"
     lines = [
         f"model:    {model.spec}, sha256 {model.fingerprint[:12]}",
@@ -186,113 +197,30 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
         f"explains: {explained} by {args.method} ({args.estimator})",
         f"features: {features}; absent ones {shown}",
     ]
-    return ShapleyJob(loader, compute, manifest, static, example.to(device), n_samples, evaluator.n_background, lines)
+    return ShapleyJob(loader, compute, manifest, static, example, n_samples, evaluator.n_background, lines)
 
 
-def _features(
-    args: argparse.Namespace, model: LoadedModel, data: DataSource, example: Tensor
-) -> tuple[Tensor | None, str]:
-    """Feature mask shared by all inputs, None for superpixels, and its description."""
-    spatial = example.dim() == 4
-    if (args.patch or args.segments) and not spatial:
-        raise ValueError(
-            f"{_CALLER}: --patch and --segments are for images, got inputs of shape {list(example.shape[1:])}; leave "
-            "them out"
-        )
-    if args.segments:
-        return None, f"at most {args.n_segments} SLIC superpixels an image"
-    if spatial:
-        height, width = example.shape[-2:]
-        step = model.patch_size or 1
-        patch = args.patch or step * max(1, round(min(height, width) / _GRID / step))
-        mask = grid_mask((height, width), patch)
-        return mask, f"{int(mask.max()) + 1} patches of {patch} × {patch} pixels"
-    mask = torch.arange(example[0].numel()).reshape(example.shape[1:])
-    return mask, f"{mask.numel()} {'columns' if data.kind == 'table' else 'elements'}"
-
-
-def _baselines(args: argparse.Namespace, loader: InputLoader, example: Tensor) -> tuple[object, str]:
-    """What absent features show, for `kernel_shap`, and its description."""
-    flat = example.dim() == 2
-    if args.removal in ("blur", "token-drop") and (args.baseline or args.background):
-        raise ValueError(
-            f"{_CALLER}: --removal {args.removal} knows no baseline; leave out --baseline and --background"
-        )
-    if args.background and not flat:
-        raise ValueError(f"{_CALLER}: --background is for tables; use --baseline for images")
-    if args.background and args.baseline:
-        raise ValueError(f"{_CALLER}: --background and --baseline exclude each other; leave one out")
-    if args.removal == "blur":
-        return 0.0, "a Gaussian blur of the image"
-    if args.removal == "token-drop":
-        return 0.0, "nothing"
-    if args.baseline == "mean":
-        return loader.first(_MEAN_OF).double().mean(0).to(example.dtype), f"the mean of the first {_MEAN_OF} inputs"
-    if args.baseline is not None:
-        try:
-            value = float(args.baseline)
-        except ValueError:
-            raise ValueError(f'{_CALLER}: --baseline must be a number or "mean", got {args.baseline!r}') from None
-        return value, f"{value:g}"
-    if not flat:
-        return 0.0, "0 (in the model's input scale)"
-    rows, described = _background_rows(args, loader)
-    return Background(rows.to(example.dtype)), described
-
-
-def _background_rows(args: argparse.Namespace, loader: InputLoader) -> tuple[Tensor, str]:
-    given = args.background or str(_BACKGROUND_ROWS)
-    if not given.isdigit():
-        table = open_data(given, columns=loader.data.feature_names, label=None, drop=None)
-        return torch.stack(table.load(range(len(table))).items), f"{len(table)} background rows of {given}"
-    if int(given) < 1:
-        raise ValueError(f"{_CALLER}: --background must be at least 1, got {given}")
-    n = min(int(given), len(loader.data))
-    picked = np.sort(np.random.default_rng(args.seed).choice(len(loader.data), n, replace=False))
-    return torch.stack(loader.data.load(picked.tolist()).items), f"{n} background rows of the data"
-
-
-def _target(given: str, model: LoadedModel, data: DataSource) -> tuple[int | str | None, str]:
-    """Target for `ShapleyChunks` and its description; class numbers are checked by the evaluator."""
-    if given == "all":
-        return None, "all classes"
-    if given in ("predicted", "label"):
-        return given, "the predicted class" if given == "predicted" else "the labelled class"
-    names = model.class_names or data.class_names or []
-    if given in names:
-        return names.index(given), f"class {given}"
-    if given.lstrip("-").isdigit():
-        number = int(given)
-        return number, f"class {number}" + (f" ({names[number]})" if 0 <= number < len(names) else "")
-    near = difflib.get_close_matches(given, names, n=3) or names[:5]
-    known = f"; nearest known: {', '.join(near)}" if near else ", and neither model nor data names its classes"
-    raise ValueError(
-        f'{_CALLER}: --target must be "predicted", "label", "all", a class number or a class name, got {given!r}{known}'
-    )
-
-
-def _outputs_by_label(model: LoadedModel, data: DataSource) -> Tensor | None:
-    """The model's output of each label, by name, where both name their classes and some names are common."""
-    ours, theirs = model.class_names, data.class_names
-    if not ours or not theirs or ours == theirs or not set(ours) & set(theirs):
-        return None
-    return torch.tensor([ours.index(name) if name in ours else -1 for name in theirs])
-
-
-def _try_model(model: LoadedModel, example: Tensor) -> int:
-    """Dimensions of the model's output; says what the model was given if it fails."""
+def _n_outputs(model: LoadedModel, example: Tensor) -> int | None:
+    """K of a model that returns ``[b, K]``, None of others; says what the model was given if it fails."""
     try:
         with torch.inference_mode():
             output = model.forward(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise ValueError(
             f"{_CALLER}: {model.spec} fails on inputs of shape {list(example.shape)} and {example.dtype} "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check that model and data belong together, and "
             "--image-size, --mean, --std or --columns"
         ) from error
-    return getattr(output, "logits", output).dim()
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"{_CALLER}: {model.spec} must return [b] or [b, K] for b inputs, got {shape} for {len(example)}; wrap it "
+            "in a function that picks its output (py:)"
+        )
+    return output.shape[1] if output.dim() == 2 else None
 
 
 def _row_flop(model: LoadedModel, example: Tensor) -> float:

@@ -112,6 +112,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                         f"array {name!r} holds Python objects, which are not loaded because loading them can run "
                         "code; save numbers or text"
                     ) from error
+                if not isinstance(arrays[name], np.ndarray):
+                    raise ValueError(f"{name!r} is no array; write it with np.savez")
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"xaifast.open_data: {path} cannot be read: {error}") from error
     return arrays
@@ -122,7 +124,9 @@ def _labels(labels: np.ndarray, n: int, where: str) -> tuple[Tensor, list[str] |
         raise ValueError(f"xaifast.open_data: {where} must hold one label an input, shape ({n},), got {labels.shape}")
     if labels.dtype.kind == "U":
         return class_ids(labels.tolist())
-    whole = labels.dtype.kind in "biu" or (labels.dtype.kind == "f" and bool((labels == np.round(labels)).all()))
+    whole = labels.dtype.kind in "biu" or (
+        labels.dtype.kind == "f" and bool((np.isfinite(labels) & (labels == np.round(labels))).all())
+    )
     if not whole:
         raise ValueError(
             f"xaifast.open_data: {where} must hold classes as integers or text, got dtype {labels.dtype}; leave other "

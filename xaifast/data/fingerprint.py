@@ -65,6 +65,8 @@ def hash_files(
     buffer = memoryview(bytearray(min(limit, 2**20)))
     left = limit
     for position in (k * n // n_read for k in range(n_read)):
+        if not sizes[position]:
+            continue  # empty or missing
         with open_file(position) as file:
             while left and (count := file.readinto(buffer[: min(left, len(buffer))])):
                 digest.update(buffer[:count])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -11,7 +10,7 @@ import torch
 
 from .base import DataSource, Loaded, class_ids, require
 from .fingerprint import hash_files
-from .images import decode_all
+from .images import decode_all, file_size
 
 if TYPE_CHECKING:
     import datasets
@@ -54,9 +53,7 @@ class HubImages(DataSource):
         stored = self._images.with_format("arrow")[:][self._column]
         sizes = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
         paths = pc.struct_field(stored, "path").to_pylist() if None in sizes else []
-        sizes = [
-            size if size is not None else os.path.getsize(paths[i]) if paths[i] else 0 for i, size in enumerate(sizes)
-        ]
+        sizes = [file_size(paths[i]) if size is None else size for i, size in enumerate(sizes)]
         about = [self.class_names, self.labels.tolist() if self.labels is not None else None]
         return hash_files([str(i) for i in range(len(self))], sizes, self._open, about=about)
 
@@ -94,10 +91,13 @@ def open_hub(spec: str, where: str, label: str | None) -> HubImages:
         if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(str(path))
         else:
+            # Resolved, because names such as "imagefolder" are readers of the library.
             # Version 4 dropped data sets that are programs; before it they could be refused.
             safe = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, **safe)
-    except (OSError, ValueError, RuntimeError) as error:
+            loaded = datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, **safe)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the library makes of the files
         raise ValueError(
             f"xaifast.open_data: {name} must be a directory written by save_to_disk, one that load_dataset reads or a "
             f"data set on the Hub, got: {error}"

@@ -83,6 +83,11 @@ def decode_all(open_file: Callable[[int], BinaryIO], indices: Sequence[int], nam
     return loaded
 
 
+def file_size(path: str | Path | None) -> int:
+    """Bytes of a file, 0 where there is none: whoever decodes it will say so."""
+    return os.path.getsize(path) if path and os.path.exists(path) else 0
+
+
 class ImageFolder(DataSource):
     """A folder of images: every sub-folder is a class (sorted), or none where the images lie in the folder itself.
 
@@ -123,7 +128,7 @@ class ImageFolder(DataSource):
 
     def fingerprint(self) -> str:
         """See `hash_files`; names are relative to the folder, class names belong to the identity."""
-        sizes = [os.path.getsize(self.directory / name) for name in self.names]
+        sizes = [file_size(self.directory / name) for name in self.names]
         return hash_files(self.names, sizes, self._open, about=self.class_names)
 
     def _items(self, indices: list[int]) -> Loaded:

@@ -128,10 +128,11 @@ def _features(frame: pandas.DataFrame, path: Path) -> Tensor:
 def _labels(column: pandas.Series, path: Path) -> tuple[Tensor, list[str]]:
     values = column.dropna()
     if column.dtype.kind == "f":  # integers with gaps are read as floats
-        if bool((values != values.round()).any()):
+        others = values[values % 1 != 0]  # infinity as well
+        if len(others):
             raise ValueError(
                 f"{_CALLER}: the label {column.name!r} of {path} must hold classes as integers or text, got numbers "
-                f"like {values[values != values.round()].iloc[0]}; leave it out (drop, --drop {column.name}) if it is "
+                f"like {others.iloc[0]}; leave it out (drop, --drop {column.name}) if it is "
                 "no class"
             )
         values = values.astype(np.int64)

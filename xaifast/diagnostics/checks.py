@@ -33,22 +33,16 @@ class Check:
     Attributes:
         name: What was tested, and on which device where there are several.
         ok: False where the result is wrong or the check raised.
-        detail: What was found; "skipped: " and the reason where the check cannot run here, which is ok.
+        detail: What was found, or why it was skipped.
         seconds: Time it took.
+        skipped: Whether the check cannot run here, which is ok.
     """
 
     name: str
     ok: bool
     detail: str
     seconds: float
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the check could not run here."""
-        return self.detail.startswith(_SKIPPED)
-
-
-_SKIPPED = "skipped: "
+    skipped: bool = False
 
 
 class _Skip(Exception):
@@ -80,7 +74,7 @@ def self_test() -> list[Check]:
                 _run(f"TokenSelect on {device}", _replacing, device),
             ]
         if not gpus:
-            checks.append(Check("operators on a GPU", True, f"{_SKIPPED}torch sees none", 0.0))
+            checks.append(Check("operators on a GPU", True, "torch sees none", 0.0, skipped=True))
         checks.append(_run("cubic_regression", _regressing))
         checks.append(_run("safetensors", _storing))
     return checks
@@ -88,16 +82,16 @@ def self_test() -> list[Check]:
 
 def _run(name: str, check: Callable[..., str], *args: str) -> Check:
     start = time.perf_counter()
-    ok = True
+    ok, skipped = True, False
     try:
         detail = check(*args)
     except _Skip as reason:
-        detail = f"{_SKIPPED}{reason}"
+        detail, skipped = str(reason), True
     except AssertionError as difference:
         detail, ok = str(difference), False
     except Exception as error:  # whatever it is, it is the finding
         detail, ok = f"{type(error).__name__}: {error}", False
-    return Check(name, ok, detail, time.perf_counter() - start)
+    return Check(name, ok, detail, time.perf_counter() - start, skipped)
 
 
 def _same_bytes(got: Tensor, expected: Tensor, what: str) -> None:

@@ -68,7 +68,7 @@ def load_saved(spec: str, where: str, device: torch.device) -> LoadedModel:
     """
     directory = Path(where).expanduser()
     config = _read_config(directory)
-    cls = _CLASSES.get(config.get("model"))
+    cls, class_names = _CLASSES.get(str(config.get("model"))), config.get("class_names")
     if config.get("format") != 1 or cls is None:
         raise ValueError(
             f"xaifast.load_model: config.json of {directory} must be of format 1 with a model of {sorted(_CLASSES)}, "
@@ -76,12 +76,15 @@ def load_saved(spec: str, where: str, device: torch.device) -> LoadedModel:
             "transformers, or a newer xaifast"
         )
     try:
-        model = cls(**config["arguments"])
+        with torch.device("meta"):  # draws no random numbers, and takes no memory that the file does not fill
+            model = cls(**config["arguments"])
         state = load((directory / "model.safetensors").read_bytes())
         weights = hash_values(state)
         if weights != config["weights"]:
             raise ValueError("the weights are not those that were saved with config.json")
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
+        if class_names is not None and len(class_names) != model.config["n_classes"]:
+            raise ValueError(f"class_names must be one an output, got {class_names}")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"xaifast.load_model: {directory} must hold its weights, model.safetensors, got none; save the model again"
@@ -89,10 +92,10 @@ def load_saved(spec: str, where: str, device: torch.device) -> LoadedModel:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"xaifast.load_model: {directory} is corrupt, save the model again: {error!r}") from error
     return LoadedModel(
-        forward=model.eval().to(device),
+        forward=model.float().eval().to(device),
         spec=spec,
         fingerprint=hash_values({"weights": weights, "model": config["model"], "arguments": config["arguments"]}),
-        class_names=config.get("class_names"),
+        class_names=class_names,
         input_size=getattr(model, "input_size", None),
         patch_size=getattr(model, "patch_size", None),
     )

@@ -197,5 +197,10 @@ def _names(names: object, attribute: str) -> list[str] | None:
 def _size(size: object) -> tuple[int, int] | None:
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    try:
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{_CALLER}: input_size must be a side or (height, width) in pixels, got {size!r}; correct or rename it"
+        ) from None

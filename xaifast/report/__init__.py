@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..store import Run
+from ..run import Run
 from . import formats
 from .sections import Report
 
@@ -48,7 +48,9 @@ def write_report(run: Run, path: str | Path, *, inputs: Callable[[int], object] 
     template = environment.get_template("report.html")
     report = Report(run, inputs)
     for side in _SIDES:
-        page = template.render(report.content(side)).encode()
+        page = template.render(report.content(side)).encode(
+            errors="backslashreplace"
+        )  # names of files may be any bytes
         if len(page) <= _LIMIT:
             break
     path = Path(path)

@@ -11,8 +11,8 @@ def number(x: float, signed: bool = False) -> str:
     """Three digits, thousands separated: ``0.0123``, ``1,230``, ``4.5e−09``; an en dash for NaN.
 
     Example:
-        >>> number(1234.5), number(-0.01234), number(7), number(2.5, signed=True), number(4e-9)
-        ('1,234', '−0.0123', '7', '+2.5', '4e−09')
+        >>> number(1234.5), number(999.6), number(-0.01234), number(2.5, signed=True), number(4e-9)
+        ('1,234', '1,000', '−0.0123', '+2.5', '4e−09')
     """
     if not math.isfinite(x):
         return "\N{EN DASH}"
@@ -20,7 +20,7 @@ def number(x: float, signed: bool = False) -> str:
     if float(x).is_integer() and size < 1e15:
         text = f"{int(size):,}"
     else:
-        text = f"{size:,.0f}" if 1000 <= size < 1e15 else f"{size:.3g}".replace("-", MINUS)
+        text = f"{size:,.0f}" if 999.5 <= size < 1e15 else f"{size:.3g}".replace("-", MINUS)
     return (MINUS if x < 0 else "+" if signed and x > 0 else "") + text
 
 

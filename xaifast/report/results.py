@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..store import Run
+from ..run import Run
 
 
 @dataclass

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ..figures import as_array, display_image, signed_limit
-from ..store import Run
+from ..run import Run
 from .formats import count, flatten, number
 from .pictures import SMALL, overlay_uri, picture_uri
 from .results import Results, read_results
@@ -222,10 +222,10 @@ class Report:
         return [last[chunk] for chunk in self.run.finished if chunk in last]
 
     def _wrong(self, results: Results) -> np.ndarray:
-        """``[n]``: whether the model predicts another class than the label; by name where both have names."""
+        """``[n]``: whether the model predicts another class than the label; by name where some names are common."""
         known = (results.label >= 0) & (results.predicted >= 0)
         wrong = known & (results.label != results.predicted)
-        if self.class_names != self.label_names:
+        if self.class_names != self.label_names and set(self.class_names) & set(self.label_names):
             for i in np.flatnonzero(known):
                 wrong[i] = self.label_name(int(results.label[i])) != self.class_name(int(results.predicted[i]))
         return wrong
