@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from bench_jobs import fastest_batch, forward_all, seconds
 from environment import describe, pin_threads
-from jobs import Job, LeNet5, _masked_rows
+from jobs import Job, LeNet5, masked_rows
 from torch import Tensor
 
 import xaifast
@@ -76,7 +76,7 @@ SCRIPTS = {"lenet": lenet, "vit": vit, "resnet": resnet}
 
 def measure(script: Script, per_evals: list[int], rounds: int) -> list[dict[str, object]]:
     """A row for each package and setting."""
-    floor = Job(script.name, script.model, _masked_rows(script.images, script.mask[0, 0], script.n_samples), {})
+    floor = Job(script.name, script.model, masked_rows(script.images, script.mask[0, 0], script.n_samples), {})
     batch = fastest_batch(floor)
     settings = [(package, per_eval) for per_eval in per_evals for package in PACKAGES]
     for package in PACKAGES:

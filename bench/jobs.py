@@ -43,7 +43,7 @@ class LeNet5(nn.Sequential):
         )  # fmt: skip
 
 
-def _masked_rows(x: Tensor, mask: Tensor, n: int) -> Tensor:
+def masked_rows(x: Tensor, mask: Tensor, n: int) -> Tensor:
     """``n`` masked rows of each input, ``[B * n, ...]``, for the floor."""
     n_players = int(mask.max()) + 1
     present = torch.rand(n, n_players, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -107,7 +107,7 @@ def vit_job() -> Job:
     return Job(
         "ViT-tiny 224 px, M = 49, n = 500, 1 image",
         model,
-        _masked_rows(x, mask, 500),
+        masked_rows(x, mask, 500),
         {
             "pixels, wls": ours(),
             "TokenSelect, wls": ours(removal=TokenSelect()),
@@ -133,7 +133,7 @@ def lenet_job() -> Job:
     return Job(
         "LeNet-5 32 px, M = 64, n = 500, 16 images",
         model,
-        _masked_rows(x, mask, 500),
+        masked_rows(x, mask, 500),
         {"wls": ours("wls"), "auto": ours("auto")},
         {
             "Captum default": captum_kernel_shap(model, x, mask, 500, 1, 3),

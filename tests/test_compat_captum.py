@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from games import IntegerNet, brute_force, integers, shapley_by_subsets
@@ -204,6 +205,13 @@ def test_functions_of_a_single_row(forward):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_functions_that_return_numpy_arrays(batch):
+    expected = by_hand(lambda x: NET(x)[:, 0], INPUTS[:batch], torch.arange(4))
+    got = attribute(lambda x: NET(x).numpy(force=True), INPUTS[:batch], target=0)
+    torch.testing.assert_close(got, expected)
+
+
 def test_integer_inputs_become_what_baselines_need():
     seen = set()
 
@@ -260,6 +268,44 @@ def test_evaluations_are_counted_as_captum_counts(n_samples):
         KernelShap(forward).attribute(x, n_samples=n_samples)
     assert sum(rows) <= 3 * n_samples + 3  # and the inputs once, as Captum
     assert sum(rows) >= 3 * min(24, n_samples - 1)
+
+
+@pytest.mark.parametrize("name", ["n_samples", "perturbations_per_eval"])
+@pytest.mark.parametrize("count", [None, 2.5, "2"])
+def test_counts_are_integers(name, count):
+    with pytest.raises(TypeError, match=f"{name} must be an int, got {type(count).__name__}"):
+        KernelShap(NET).attribute(INPUTS, target=0, **{name: count})
+
+
+@pytest.mark.parametrize(("n_features", "n_samples"), [(9, 30), (26, 64), (36, 72), (36, 88), (36, 90), (100, 240)])
+def test_single_features_and_pairs_are_exact_from_two_samples_a_feature(n_features, n_samples):
+    generator = torch.Generator().manual_seed(n_features)
+    single, pairs = (
+        torch.randn(n_features, generator=generator),
+        torch.randn(n_features, n_features, generator=generator),
+    )
+    pairs = pairs.triu(1)
+
+    def forward(x):
+        return x @ single + ((x @ pairs) * x).sum(1)
+
+    expected = single + (pairs + pairs.T).sum(1) / 2  # a pair's term is shared in halves
+    torch.manual_seed(0)
+    for _ in range(10):
+        got = attribute(forward, torch.ones(1, n_features), n_samples)
+        torch.testing.assert_close(got[0], expected, atol=1e-4 * float(expected.norm()), rtol=0)
+
+
+def test_design_does_not_depend_on_last_bits(monkeypatch):
+    """Designs of equal quality are common; rounding, which machines do differently, must not choose among them."""
+    svdvals, noise = torch.linalg.svdvals, torch.Generator().manual_seed(0)
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: svdvals(a) + 1e-13 * torch.rand(16, 1, generator=noise))
+    x, chosen = torch.linspace(0.5, 1.5, 5)[None], set()
+    for _ in range(5):
+        torch.manual_seed(0)
+        values = attribute(lambda x: torch.tanh(x).cumprod(1).sum(1), x, n_samples=24)
+        chosen.add(tuple(values.flatten().tolist()))
+    assert len(chosen) == 1
 
 
 @pytest.mark.parametrize("per_eval", [2, 5, 16])
@@ -333,6 +379,8 @@ SAME_SHAPE = {
     "one number a batch": (lambda x: NET(x).sum(), INPUTS, {}),
     "[1] a batch": (lambda x: NET(x).sum().view(1), INPUTS, {}),
     "one Python number a batch": (lambda x: NET(x).sum().item(), INPUTS, {}),
+    "NumPy number": (lambda x: np.float32(NET(x)[0, 0].item()), INPUTS[:1], {}),
+    "NumPy array of one": (lambda x: NET(x)[:, 0].numpy(force=True), INPUTS[:1], {}),
     "one number a batch of one": (lambda x: NET(x).sum(), INPUTS[:1], {}),
     "[1, K] a batch, target": (lambda x: NET(x).sum(0, keepdim=True), INPUTS, dict(target=[2])),
     "mask": (NET, INPUTS, dict(target=0, feature_mask=MASK)),
@@ -397,6 +445,7 @@ SAME_ERROR = {
     "Python number, many a call": (lambda x: NET(x).sum().item(), INPUTS[:1], dict(perturbations_per_eval=2)),
     "baseline list": (NET, INPUTS, dict(target=0, baselines=[0.0])),
     "mask list": (NET, INPUTS, dict(target=0, feature_mask=[MASK])),
+    "empty mask": (NET, INPUTS, dict(target=0, feature_mask=MASK[:0])),
     "no samples": (NET, INPUTS, dict(target=0, n_samples=0)),
     "half a sample": (NET, INPUTS, dict(target=0, n_samples=2.5)),
     "not a number": (lambda x: NET(x) * float("nan"), INPUTS, dict(target=0)),

@@ -46,10 +46,10 @@ class Call:
             target = _of_owner(target, owner) if isinstance(target, Tensor) else target
         output = self.forward(*tensors, *args)
         output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor | int | float):
+        if not (isinstance(output, int | float) or hasattr(output, "__array__")):  # tensors and NumPy's have it
             raise TypeError(
-                f"{CALLER}: forward_func must return a tensor or a number, got {type(output).__name__}; wrap it in a "
-                "function that picks its output"
+                f"{CALLER}: forward_func must return a tensor, an array or a number, got {type(output).__name__}; wrap "
+                "it in a function that picks its output"
             )
         output = _select(torch.as_tensor(output, device=tensors[0].device), target)
         return output.float() if output.dtype == torch.bool else output
