@@ -55,9 +55,7 @@ target_compile_options(
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/bindings/cuda.cpp)
 find_package(CUDAToolkit REQUIRED)
 target_link_libraries(_cuda PRIVATE xaifast_flags xaifast_cuda CUDA::cudart_static)
-string(REPLACE ";" "," _archs "${CMAKE_CUDA_ARCHITECTURES}")
-string(REPLACE "-real" "" _archs "${_archs}")
-string(REPLACE "-virtual" "+PTX" _archs "${_archs}")
+xaifast_cuda_arch_names(_archs ${CMAKE_CUDA_ARCHITECTURES})
 target_compile_definitions(
   _cuda PRIVATE XAIFAST_CUDA_ARCHS="${_archs}" XAIFAST_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}")
 install(TARGETS _cuda LIBRARY DESTINATION xaifast)

@@ -20,7 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 TESTED_TORCH = "torch==2.13.0"
 MINIMUM_TORCH = (2, 10)
-SWITCHES = ("XAIFAST_CUDA", "XAIFAST_CUDA_ARCHS", "XAIFAST_WERROR", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME")
+SWITCHES = (
+    "XAIFAST_CUDA",
+    "XAIFAST_CUDA_ARCHS",
+    "XAIFAST_CU130",
+    "XAIFAST_WERROR",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDACXX",
+    "CUDA_HOME",
+)
 
 
 def say(text: str) -> None:

@@ -56,11 +56,14 @@ class ShapleyJob:
     lines: list[str]
 
     def forward_rate(self, rows: int) -> float:
-        """Rows a second of the bare model in calls of ``rows``, or of fewer where such a call takes long or much."""
+        """Rows a second of the bare model in calls of ``rows``, or of fewer where such a call takes long or much.
+
+        Takes about a tenth of a second, or some calls of a slow model.
+        """
         n, rate = min(rows, _PROBE), 0.0
         while True:
             try:
-                seconds = self._forward_seconds(n)
+                seconds = self._forward_seconds(n, at_least=0.1 if n == rows else 0.0)
             except Exception as error:
                 if not is_out_of_memory(error) or n == 1:
                     raise
@@ -73,13 +76,14 @@ class ShapleyJob:
                 return rate
             n = min(rows, 4 * n)
 
-    def _forward_seconds(self, n: int) -> float:
+    def _forward_seconds(self, n: int, at_least: float) -> float:
+        """Median of calls that together take so many seconds."""
         batch = self.example.repeat(-(-n // len(self.example)), *(1,) * (self.example.dim() - 1))[:n].contiguous()
         dtype = self.compute.options["autocast"]
         seconds: list[float] = []
         with torch.inference_mode(), torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
             self.compute.forward(batch)  # allocates
-            while sum(seconds) < 0.1:
+            while not seconds or sum(seconds) < at_least:
                 start = time.perf_counter()
                 self.compute.forward(batch)
                 if batch.is_cuda:
