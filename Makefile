@@ -2,7 +2,7 @@ PYTHON ?= python3
 SETUP = $(PYTHON) tools/setup_env.py
 SOURCES = $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/include/xaifast/*.h)
 
-.PHONY: setup demo test lint bench gpu-check wheel clean
+.PHONY: setup demo test lint bench compare sanitize gpu-check wheel clean
 
 setup:
 	@$(SETUP) > /dev/null
@@ -18,14 +18,23 @@ lint:
 test: lint
 	@python=$$($(SETUP) test) && "$$python" -m pytest && TRITON_INTERPRET=1 "$$python" -m pytest tests/kernels
 
+# BENCH=--full measures what is committed; BENCH="--only operators" a part.
 bench:
-	@python=$$($(SETUP) bench) && "$$python" bench/bench_jobs.py
+	@python=$$($(SETUP) bench test) && "$$python" bench/run.py $(BENCH)
 
+# Against origin/main or HEAD~1; others: make compare COMMITS="v0.1 HEAD".
+compare:
+	@python=$$($(SETUP) bench) && "$$python" bench/compare.py $(COMMITS)
+
+sanitize:
+	@python=$$($(SETUP) test) && "$$python" tools/sanitize.py && "$$python" tools/sanitize.py --prove
+
+# On a machine with a CUDA device, without a network; GPU_CHECK="--out DIR" says where logs and CSV go.
 gpu-check:
-	@python=$$($(SETUP) test) && "$$python" -m pytest -m gpu
+	@python=.venv/bin/python; [ -x $$python ] || python=$(PYTHON); $$python tools/gpu_check.py $(GPU_CHECK)
 
 wheel:
-	@python=$$($(SETUP)) && "$$python" -m pip install --quiet build && "$$python" -m build
+	@$(PYTHON) tools/build_wheels.py
 
 clean:
 	rm -rf build dist

@@ -74,10 +74,11 @@ int64_t py_compact_rows(uintptr_t out, uintptr_t x, uintptr_t bits, uintptr_t in
   require(n_tokens == 0 || ((bits || words == 0) && index), "compact_rows: null pointer");
   require(length * row_bytes == 0 || out, "compact_rows: null pointer");
   require(length * row_bytes * n_tokens == 0 || x, "compact_rows: null pointer");
-  return kernels.compact_rows(
-      {pointer<uint8_t>(out), pointer<const uint8_t>(x), pointer<const int64_t>(bits), pointer<const int32_t>(index),
-       row_bytes, n_coalitions, n_tokens, length, words, bits_per_input, index_per_input, start, stop},
-      n_threads < 1 ? 1 : n_threads);
+  static uint8_t nothing;  // memcpy and memset take no null, not even for no bytes; an empty tensor's address is null
+  return kernels.compact_rows({out ? pointer<uint8_t>(out) : &nothing, x ? pointer<const uint8_t>(x) : &nothing,
+                               pointer<const int64_t>(bits), pointer<const int32_t>(index), row_bytes, n_coalitions,
+                               n_tokens, length, words, bits_per_input, index_per_input, start, stop},
+                              n_threads < 1 ? 1 : n_threads);
 }
 
 void py_cubic_regression(uintptr_t columns, uintptr_t weights, uintptr_t size_weights, uintptr_t diagonal, uintptr_t y,

@@ -21,7 +21,8 @@ void expand_word(uint8_t* lanes /* [64] of T */, uint64_t word) {
   Lanes powers;
   for (int k = 0; k < kLanes; ++k) powers[k] = static_cast<T>(1 << k);
   for (int i = 0; i < 64; i += kLanes, lanes += sizeof(Lanes)) {
-    const auto there = (powers & static_cast<T>(word >> i)) == powers;
+    const T part = static_cast<T>(word >> i);  // named: GCC 12 under -fsanitize=undefined sees an int in the expression
+    const auto there = (powers & part) == powers;
     __builtin_memcpy(lanes, &there, sizeof(Lanes));
   }
 }
@@ -56,9 +57,10 @@ enum class Lookup {
 };
 
 Lookup choose_lookup(const int32_t* index, int64_t n, int64_t words) {
-  int64_t jumps = index[0] < 0, strangers = 0;
+  const int64_t first = index[0];
+  int64_t jumps = first < 0, strangers = 0;
   for (int64_t p = 0; p < n; ++p) {
-    jumps += index[p] - index[0] != p;
+    jumps += index[p] != first + p;
     strangers += index[p] < -1 || index[p] >= 64 * words;
   }
   if (strangers != 0) return Lookup::kBits;
