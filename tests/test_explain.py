@@ -180,7 +180,9 @@ def test_unreadable_image_is_named_skipped_or_fatal(explain, photos, tmp_path, d
     assert fatal.status == 2 and "coffee/1.png" in fatal.err and "--on-error skip" in fatal.err
     skipped = explain(*photos, "--on-error", "skip", report=True, out="skipped")
     assert skipped.status == 0, skipped.err
-    assert "could not be read: 1" in skipped.out and "coffee/1.png" in (tmp_path / "skipped" / "report.html").read_text()
+    assert (
+        "could not be read: 1" in skipped.out and "coffee/1.png" in (tmp_path / "skipped" / "report.html").read_text()
+    )
     run = open_run("skipped")
     assert list(run.skipped) == [3] and torch.isnan(run[3]["values"]).all()
     assert torch.isfinite(run.tensor("values")[[0, 1, 2, 4, 5]]).all()

@@ -1,0 +1,80 @@
+"""Runs every kernel once on small inputs and compares with the reference: what compute-sanitizer looks at.
+
+    compute-sanitizer --tool memcheck python tools/sanitizer_cases.py [--device cuda]
+
+On the CPU it runs the CPU kernels. Prints a line a case; exits with 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import xaifast.ops  # noqa: F401  registers the operators
+from xaifast.ops.select import select_rows, select_rows_out
+from xaifast.ops.tokens import compact_rows
+from xaifast.reference import masking as reference
+from xaifast.reference import tokens as reference_tokens
+
+Case = tuple[str, list[Tensor], list[Tensor]]  # name, results, what they must be
+DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
+
+
+def select_cases(device: str) -> Iterator[Case]:
+    """Every item size with one and two words, shared and per input, one and three background rows, odd ends."""
+    for dtype, n_players, per_input, n_background in itertools.product(DTYPES, (5, 70), (False, True), (1, 3)):
+        lead, n_inputs, n_coalitions, rep, unit = ((2,) if per_input else ()), 2, 17, 3, 5
+        bits = torch.randint(-(2**62), 2**62, (*lead, n_coalitions, -(-n_players // 64)), device=device)
+        index = torch.randint(-1, n_players, (*lead, n_players), dtype=torch.int32, device=device)
+        n_elements = rep * n_players * unit
+        x = (torch.rand(n_inputs, n_elements, device=device) * 200).to(dtype)
+        baseline = (torch.rand(*lead, n_background, n_elements, device=device) * 200).to(dtype)
+        arguments = (x, bits, index, baseline, rep, unit, 1, n_inputs * n_coalitions - 1)
+        out = torch.zeros(n_inputs * n_coalitions - 2, n_background, n_elements, dtype=dtype, device=device)
+        select_rows_out(*arguments, out)
+        name = f"select_rows {dtype} {n_players} players, per input {per_input}, background {n_background}"
+        yield name, [out, select_rows(*arguments)], [reference.select_rows(*arguments)] * 2
+
+
+def compact_cases(device: str) -> Iterator[Case]:
+    """Rows of 1 to 1536 bytes, full and padded; on a GPU also a unit that does not fit, which must become NaN."""
+    for dtype, width, per_input in itertools.product(DTYPES, (1, 24, 192), (False, True)):
+        lead, n_inputs, n_tokens, n_players = ((2,) if per_input else ()), 2, 75, 70
+        bits = torch.randint(-(2**62), 2**62, (*lead, 9, 2), device=device)
+        index = torch.randint(-1, n_players, (*lead, n_tokens), dtype=torch.int32, device=device)
+        x = (torch.rand(n_inputs, n_tokens, width, device=device) * 200).to(dtype)
+        for length in (n_tokens, n_tokens + 3, *((20,) if device != "cpu" else ())):
+            arguments = (x, bits, index, length, 1, 2 * 9 - 1)
+            expected = reference_tokens.compact_rows(*arguments)
+            name = f"compact_rows {dtype} width {width}, per input {per_input}, length {length}"
+            yield name, [compact_rows(*arguments)], [expected]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Equality that takes NaN for equal to NaN."""
+    return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, nan=-7.0), torch.nan_to_num(b, nan=-7.0))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = parser.parse_args(arguments).device
+    torch.manual_seed(0)
+    right = []
+    for name, results, expected in itertools.chain(select_cases(device), compact_cases(device)):
+        right.append(all(equal(a, b) for a, b in zip(results, expected, strict=True)))
+        print(f"{'ok   ' if right[-1] else 'WRONG'} {name}")
+    if device != "cpu":
+        torch.cuda.synchronize()
+    print(f"{len(right)} cases on {device}, {right.count(False)} wrong")
+    return 0 if all(right) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
