@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from xaifast import cli
 from xaifast.cli import bench as command
 from xaifast.cli import peers
+from xaifast.cli.options import JobSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="needs the source tree")
@@ -326,11 +328,9 @@ def test_bench_refuses_numbers_below_one(user, option):
 def test_bench_keeps_the_defaults_of_explain(user):
     parser = argparse.ArgumentParser()
     cli.explain.add_parser(parser.add_subparsers())
-    explained = vars(parser.parse_args(["explain", *user("table"), "--out", "x"]))
-    ours = vars(parsed(*user("table")))
-    assert set(ours) - set(explained) == {"inputs", "rounds", "batch_sizes", "peers", "csv"}
-    different = {name for name, value in explained.items() if name not in ours or ours[name] != value}
-    assert different == {"run", "n_samples", "removal", "out"}
+    explained = JobSettings.from_args(parser.parse_args(["explain", *user("table"), "--out", "x"]))
+    ours = JobSettings.from_args(parsed(*user("table")))
+    assert dataclasses.replace(ours, n_samples=512, removal="baseline") == explained == JobSettings(explained.data)
 
 
 def test_the_floor_counts_rows():

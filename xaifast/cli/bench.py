@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,43 +18,15 @@ from torch import Tensor
 from .. import __version__
 from ..models.loading import LoadedModel, load_model
 from ..stream import is_out_of_memory
-from . import explain
+from .options import REMOVALS, JobSettings, add_job_options, choose_device, device_name
 from .peers import peers_of
-from .shapley_job import REMOVALS, ShapleyJob, prepare
+from .shapley_job import ShapleyJob, prepare
 
-# What `xaifast explain` is told about model, data and features means the same here.
-_SHARED = {"--model", "--data", "--target", "--patch", "--baseline", "--background", "--estimator", "--seed"}
-_SHARED |= {"--image-size", "--mean", "--std", "--columns", "--label", "--drop", "--device", "--autocast", "--threads"}
-_SHARED |= {"--debug"}
-_OWN = {"--n-samples", "--removal"}  # several of them here
 _TRIED = ("baseline", "token-select", "token-drop")  # where nobody says
 _BATCHES, _TABLE_BATCHES = (1, 4, 16, 64, 256), (1, 64, 1024, 4096, 16384)
 _PEER_ROUNDS = 2  # they take long
 
 Row = dict[str, object]
-
-
-class _Shared:
-    """Takes the declarations of another command's options; passes those of `_SHARED` on, keeps the others' defaults."""
-
-    def __init__(self, parser: argparse._ActionsContainer, defaults: dict[str, object]) -> None:
-        self._parser, self._defaults = parser, defaults
-
-    def add_parser(self, *_: object, **__: object) -> _Shared:
-        return self
-
-    def set_defaults(self, **_: object) -> None:
-        return None
-
-    def add_argument_group(self, title: str) -> _Shared:
-        return _Shared(self._parser.add_argument_group(title), self._defaults)
-
-    def add_argument(self, name: str, **given: object) -> None:
-        if name in _SHARED:
-            self._parser.add_argument(name, **given)
-        elif name not in _OWN:
-            off = False if given.get("action") == "store_true" else None
-            self._defaults[name.strip("-").replace("-", "_")] = given.get("default", off)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -66,9 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Measure the bare forward of a model by batch size, and Kernel SHAP with each removal that applies "
         "as a multiple of the same number of bare evaluations. Rounds are interleaved; medians are shown.",
     )
-    unused: dict[str, object] = {}
-    explain.add_parser(_Shared(parser, unused))
-    parser.set_defaults(**unused)
+    add_job_options(parser)
     parser.set_defaults(run=run)
     what = parser.add_argument_group("what is measured")
     what.add_argument("--inputs", type=int, default=2, metavar="N", help="inputs explained together (2)")
@@ -96,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"xaifast bench: --{name.replace('_', '-')} must be at least 1, got {given}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = choose_device(args.device)
     jobs = _jobs(args, load_model(args.model, device=device), device)
     first = next(iter(jobs.values()))
     conditions = _conditions(device)
@@ -126,10 +95,9 @@ def _jobs(args: argparse.Namespace, model: LoadedModel, device: str) -> dict[str
     for removal in args.removal or _TRIED:
         if jobs and not args.removal and next(iter(jobs.values())).example.dim() != 4:
             break  # only images have tokens
-        told = argparse.Namespace(**{**vars(args), "removal": removal, "n_samples": max(args.n_samples)})
-        told.limit = args.inputs
+        settings = JobSettings.from_args(args, removal=removal, n_samples=max(args.n_samples), limit=args.inputs)
         try:
-            jobs[removal] = prepare(told, model, device)
+            jobs[removal] = prepare(settings, model, device)
         except (ValueError, TypeError) as error:
             if args.removal or removal == _TRIED[0]:
                 raise
@@ -255,7 +223,7 @@ def _repeat(example: Tensor, n: int) -> Tensor:
 def _conditions(device: str) -> Row:
     versions = {name: importlib.metadata.version(name) for name in ("captum", "shap") if importlib.util.find_spec(name)}
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "xaifast": __version__,
         "torch": torch.__version__,

@@ -1,8 +1,7 @@
-"""What a command's arguments choose: features, what replaces them, and the output explained."""
+"""What settings choose: features, what replaces them, and the output explained."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 
 import numpy as np
@@ -14,29 +13,30 @@ from ..models.loading import LoadedModel
 from ..players import grid_mask
 from ..removal import Background
 from .inputs import InputLoader
+from .options import JobSettings
 
-_CALLER = "xaifast explain"
+_CALLER = "xaifast"
 _GRID = 7  # patches a side where nobody says
 _MEAN_OF = 256  # inputs behind --baseline mean
 _BACKGROUND_ROWS = 100
 
 
 def choose_features(
-    args: argparse.Namespace, model: LoadedModel, data: DataSource, example: Tensor
+    settings: JobSettings, model: LoadedModel, data: DataSource, example: Tensor
 ) -> tuple[Tensor | None, str]:
     """Feature mask shared by all inputs, None for superpixels, and its description."""
     spatial = example.dim() == 4
-    if (args.patch or args.segments) and not spatial:
+    if (settings.patch or settings.segments) and not spatial:
         raise ValueError(
             f"{_CALLER}: --patch and --segments are for images, got inputs of shape {list(example.shape[1:])}; leave "
             "them out"
         )
-    if args.segments:
-        return None, f"at most {args.n_segments} SLIC superpixels an image"
+    if settings.segments:
+        return None, f"at most {settings.n_segments} SLIC superpixels an image"
     if spatial:
         height, width = example.shape[-2:]
         step = model.patch_size or 1
-        patch = args.patch or step * max(1, round(min(height, width) / _GRID / step))
+        patch = settings.patch or step * max(1, round(min(height, width) / _GRID / step))
         mask = grid_mask((height, width), patch)
         return mask, f"{int(mask.max()) + 1} patches of {patch} × {patch} pixels"
     mask = torch.arange(example[0].numel()).reshape(example.shape[1:])
@@ -44,47 +44,47 @@ def choose_features(
 
 
 def choose_baselines(
-    args: argparse.Namespace, loader: InputLoader, example: Tensor, device: str
+    settings: JobSettings, loader: InputLoader, example: Tensor, device: str
 ) -> tuple[object, str, dict[str, Tensor]]:
     """What absent features show: for `kernel_shap`, in words, and as tensors of the store."""
     flat = example.dim() == 2
-    if args.removal in ("blur", "token-drop") and (args.baseline or args.background):
+    if settings.removal in ("blur", "token-drop") and (settings.baseline or settings.background):
         raise ValueError(
-            f"{_CALLER}: --removal {args.removal} knows no baseline; leave out --baseline and --background"
+            f"{_CALLER}: --removal {settings.removal} knows no baseline; leave out --baseline and --background"
         )
-    if args.background and not flat:
+    if settings.background and not flat:
         raise ValueError(f"{_CALLER}: --background is for tables; use --baseline for images")
-    if args.background and args.baseline:
+    if settings.background and settings.baseline:
         raise ValueError(f"{_CALLER}: --background and --baseline exclude each other; leave one out")
-    if args.removal == "blur":
+    if settings.removal == "blur":
         return 0.0, "a Gaussian blur of the image", {}
-    if args.removal == "token-drop":
+    if settings.removal == "token-drop":
         return 0.0, "nothing", {}
-    if args.baseline == "mean":
+    if settings.baseline == "mean":
         mean = loader.first(_MEAN_OF).double().mean(0).to(example.dtype)
         return mean.to(device), f"the mean of the first {_MEAN_OF} inputs", {"baseline": mean}
-    if args.baseline is not None:
+    if settings.baseline is not None:
         try:
-            value = float(args.baseline)
+            value = float(settings.baseline)
         except ValueError:
-            raise ValueError(f'{_CALLER}: --baseline must be a number or "mean", got {args.baseline!r}') from None
+            raise ValueError(f'{_CALLER}: --baseline must be a number or "mean", got {settings.baseline!r}') from None
         return value, f"{value:g}", {}
     if not flat:
         return 0.0, "0 (in the model's input scale)", {}
-    rows, described = _background_rows(args, loader)
+    rows, described = _background_rows(settings, loader)
     rows = rows.to(example.dtype)
     return Background(rows.to(device)), described, {"background": rows}
 
 
-def _background_rows(args: argparse.Namespace, loader: InputLoader) -> tuple[Tensor, str]:
-    given = args.background or str(_BACKGROUND_ROWS)
+def _background_rows(settings: JobSettings, loader: InputLoader) -> tuple[Tensor, str]:
+    given = settings.background or str(_BACKGROUND_ROWS)
     if not given.isdigit():
         table = open_data(given, columns=loader.data.feature_names, label=None, drop=None)
         return torch.stack(table.load(range(len(table))).items), f"{len(table)} background rows of {given}"
     if int(given) < 1:
         raise ValueError(f"{_CALLER}: --background must be at least 1, got {given}")
     n = min(int(given), len(loader.data))
-    picked = np.sort(np.random.default_rng(args.seed).choice(len(loader.data), n, replace=False))
+    picked = np.sort(np.random.default_rng(settings.seed).choice(len(loader.data), n, replace=False))
     return torch.stack(loader.data.load(picked.tolist()).items), f"{n} background rows of the data"
 
 

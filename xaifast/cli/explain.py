@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 from contextlib import suppress
@@ -20,7 +19,8 @@ from ..jobs import run_job
 from ..models.loading import load_model
 from ..run import StoreError
 from ..store import Store
-from .shapley_job import AUTOCAST, REMOVALS, ShapleyJob, prepare
+from .options import REMOVALS, JobSettings, add_job_options, choose_device, device_name, positive
+from .shapley_job import ShapleyJob, prepare
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -32,70 +32,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "up an interrupted run where it stopped. torchrun --nproc-per-node N -m xaifast explain ... shards the job.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--model", required=True, metavar="SPEC", help="hf:DIR_OR_ID, py:MODULE:CALLABLE (runs your code), xaifast:DIR"
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="SPEC",
-        help="digits, imagefolder:DIR, hf:DIR_OR_NAME[:SPLIT], npz:FILE, csv:FILE, parquet:FILE",
-    )
+    add_job_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where results go")
-    parser.add_argument("--method", choices=["kernel-shap"], default="kernel-shap")
-
-    what = parser.add_argument_group("what is explained")
-    what.add_argument(
-        "--target",
-        default="predicted",
-        help='"predicted" (default), "label", "all", a class number or a class name',
+    how = parser.add_argument_group("how")
+    how.add_argument("--method", choices=["kernel-shap"], default="kernel-shap")
+    how.add_argument("--n-samples", type=positive, default=512, metavar="N", help="evaluations an input (512)")
+    how.add_argument("--removal", choices=list(REMOVALS), default="baseline", help="what absent features look like")
+    how.add_argument("--segments", choices=["slic"], help="superpixels of each image instead of patches")
+    how.add_argument("--n-segments", type=positive, default=50, metavar="N", help="superpixels at most (50)")
+    how.add_argument("--link", choices=["identity", "logit"], default="identity", help="logit: explain probabilities")
+    how.add_argument("--limit", type=positive, metavar="N", help="the first N inputs only")
+    how.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="what to do with unreadable images")
+    how.add_argument("--batch-size", type=positive, metavar="ROWS", help="model rows a call (default: automatic)")
+    how.add_argument(
+        "--chunk-size", type=positive, metavar="N", help="inputs stored together: a power of two up to 256 (automatic)"
     )
-    what.add_argument("--limit", type=_positive, metavar="N", help="the first N inputs only")
-    what.add_argument("--link", choices=["identity", "logit"], default="identity", help="logit: explain probabilities")
-
-    features = parser.add_argument_group("features and what replaces them")
-    features.add_argument(
-        "--patch", type=_positive, metavar="PIXELS", help="square patches of this side (default: about 49)"
-    )
-    features.add_argument("--segments", choices=["slic"], help="superpixels of each image instead of patches")
-    features.add_argument("--n-segments", type=_positive, default=50, metavar="N", help="superpixels at most (50)")
-    features.add_argument("--removal", choices=list(REMOVALS), default="baseline")
-    features.add_argument(
-        "--baseline", default=None, metavar="VALUE", help='a number (default 0), or "mean" of the first 256 inputs'
-    )
-    features.add_argument(
-        "--background",
-        metavar="ROWS",
-        help="tables: so many rows of the data, or csv:FILE / parquet:FILE (default 100)",
-    )
-
-    estimate = parser.add_argument_group("estimate")
-    estimate.add_argument("--n-samples", type=_positive, default=512, metavar="N", help="evaluations an input (512)")
-    estimate.add_argument("--estimator", choices=["auto", "wls", "adjusted", "permutation", "exact"], default="auto")
-    estimate.add_argument("--seed", type=int, default=0)
-
-    reading = parser.add_argument_group("reading the data")
-    reading.add_argument(
-        "--on-error", choices=["stop", "skip"], default="stop", help="what to do with unreadable images"
-    )
-    reading.add_argument("--image-size", type=_positive, nargs="+", metavar="PIXELS", help="side, or height and width")
-    reading.add_argument("--mean", type=float, nargs="+", help="per channel, subtracted after scaling to 0..1")
-    reading.add_argument("--std", type=float, nargs="+", help="per channel, divided by")
-    reading.add_argument("--columns", type=_names, metavar="A,B,...", help="features of a table, in the model's order")
-    reading.add_argument("--label", metavar="COLUMN", help="column of a table with the classes")
-    reading.add_argument("--drop", type=_names, metavar="A,B,...", help="columns of a table to leave out")
-
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    machine.add_argument("--autocast", choices=list(AUTOCAST), default="none")
-    machine.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; a resumed run keeps its number")
-    machine.add_argument("--batch-size", type=_positive, metavar="ROWS", help="model rows a call (default: automatic)")
-    machine.add_argument(
-        "--chunk-size", type=_positive, metavar="N", help="inputs stored together: a power of two up to 256 (automatic)"
-    )
-    machine.add_argument("--no-report", action="store_true", help="do not write report.html")
-    machine.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
-    machine.add_argument("--debug", action="store_true", help="show where an error came from")
+    how.add_argument("--no-report", action="store_true", help="do not write report.html")
+    how.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or _recorded_threads(args.out)
     if threads:
         torch.set_num_threads(threads)
-    device = _device(args.device)
-    job = prepare(args, load_model(args.model, device=device), device)
+    device = choose_device(args.device)
+    job = prepare(JobSettings.from_args(args), load_model(args.model, device=device), device)
     job.manifest["command"] = _command(args, world)
     store = Store(args.out, job.manifest, job.static, rank=rank, world=world)
     for line in _notes(args, job, store):
@@ -123,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 "start",
                 world=world,
                 forward_rows_per_second=round(floor, 1),
-                device_name=_device_name(device),
+                device_name=device_name(device),
                 threads=torch.get_num_threads(),
                 versions=job.manifest["versions"],
             )
@@ -243,22 +196,6 @@ def _recorded_threads(directory: Path) -> int | None:
     return None
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
-    return name
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        return next(line for line in file if line.startswith("model name")).split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def _command(args: argparse.Namespace, world: int) -> str:
     program = f"torchrun --nproc-per-node {world} -m xaifast" if world > 1 else "xaifast"
     return f"{program} {shlex.join(args.arguments)}"
@@ -275,17 +212,6 @@ def _size(n_bytes: float) -> str:
     units = ("bytes", "KB", "MB", "GB", "TB")
     power = min(len(units) - 1, int(math.log10(max(n_bytes, 1)) // 3))
     return f"{n_bytes / 1000**power:.3g} {units[power]}"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _say_nothing(*_: object, **__: object) -> None:

@@ -43,7 +43,7 @@ class InputLoader:
         if data.kind == "images" and model.preprocess is not None:
             if image_size or mean or std:
                 raise ValueError(
-                    "xaifast explain: --image-size, --mean and --std are for models without preprocessing of their "
+                    "xaifast: --image-size, --mean and --std are for models without preprocessing of their "
                     f"own, and {model.spec} has one; leave them out"
                 )
             self._preprocess, self.preprocessing = model.preprocess, model.preprocessing
@@ -54,7 +54,7 @@ class InputLoader:
             self.preprocessing = {"image_size": size, "image_mean": mean, "image_std": std}
         elif image_size or mean or std:
             raise ValueError(
-                f"xaifast explain: --image-size, --mean and --std are for images, and {data.spec} holds model inputs; "
+                f"xaifast: --image-size, --mean and --std are for images, and {data.spec} holds model inputs; "
                 "leave them out"
             )
 
@@ -75,8 +75,7 @@ class InputLoader:
         if loaded.failures and not self._skip:
             position, reason = next(iter(sorted(loaded.failures.items())))
             raise ValueError(
-                f"xaifast explain: cannot read {loaded.names[position]}: {reason}; repair or remove it, or pass "
-                "--on-error skip"
+                f"xaifast: cannot read {loaded.names[position]}: {reason}; repair or remove it, or pass --on-error skip"
             )
         kept = [i for i in range(stop - start) if i not in loaded.failures]
         inputs = self._preprocess([loaded.items[i] for i in kept]) if kept else torch.empty(0)
@@ -98,7 +97,7 @@ class InputLoader:
             found += batch.inputs[: n - len(found)]
             start = stop
         if not found:
-            raise ValueError(f"xaifast explain: no input of {self.data.spec} can be read")
+            raise ValueError(f"xaifast: no input of {self.data.spec} can be read")
         return torch.stack(found)
 
     def picture(self, index: int) -> np.ndarray:
@@ -139,13 +138,13 @@ def scale_images(
         images = [image.resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
     elif len(sizes := {image.size for image in images}) > 1:
         raise ValueError(
-            f"xaifast explain: images must have one size, got {sorted(sizes)[:4]} (width, height); pass --image-size"
+            f"xaifast: images must have one size, got {sorted(sizes)[:4]} (width, height); pass --image-size"
         )
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).float() / 255
     pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
     for given, name in ((mean, "--mean"), (std, "--std")):
         if given is not None and len(given) not in (1, pixels.shape[1]):
-            raise ValueError(f"xaifast explain: {name} must hold {pixels.shape[1]} numbers, got {len(given)}")
+            raise ValueError(f"xaifast: {name} must hold {pixels.shape[1]} numbers, got {len(given)}")
     if mean is not None:
         pixels = pixels - torch.tensor(mean).view(-1, 1, 1)
     if std is not None:

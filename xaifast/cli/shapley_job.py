@@ -1,8 +1,7 @@
-"""A Kernel SHAP run over a data set, put together from a command's arguments and checked on a few inputs."""
+"""A Kernel SHAP run over a data set, put together from settings and checked on a few inputs."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import statistics
@@ -20,15 +19,13 @@ from ..evaluate import Evaluator
 from ..model_state import find_modules
 from ..models.loading import LoadedModel
 from ..players import resolve_players
-from ..removal import TokenDrop, TokenSelect, resolve_removal
+from ..removal import resolve_removal
 from ..stream import is_out_of_memory
 from .choices import choose_baselines, choose_features, choose_target
 from .inputs import InputLoader, superpixels
+from .options import AUTOCAST, REMOVALS, JobSettings
 
-REMOVALS = {"baseline": None, "blur": "blur", "token-drop": TokenDrop(), "token-select": TokenSelect()}
-AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_CALLER = "xaifast explain"
+_CALLER = "xaifast"
 _PROBE = 8  # inputs the model is tried on
 
 
@@ -99,75 +96,75 @@ class ShapleyJob:
         return n_inputs * (max(4, self.example.element_size()) * n_values + segments + 50) + 1000 * n_chunks + 4000
 
 
-def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> ShapleyJob:
+def prepare(settings: JobSettings, model: LoadedModel, device: str) -> ShapleyJob:
     """Open the data, settle features, baseline, target and chunks, and run the model on a few inputs.
 
     Raises:
         ValueError, TypeError: what does not fit together; nothing is written yet.
     """
-    table = args.data.startswith(("csv:", "parquet:"))
-    columns = args.columns or (model.feature_names if table else None)
-    data = open_data(args.data, columns=columns, label=args.label, drop=args.drop)
+    table = settings.data.startswith(("csv:", "parquet:"))
+    columns = settings.columns or (model.feature_names if table else None)
+    data = open_data(settings.data, columns=columns, label=settings.label, drop=settings.drop)
     loader = InputLoader(
         data,
         model,
-        image_size=(args.image_size[0], args.image_size[-1]) if args.image_size else None,
-        mean=args.mean,
-        std=args.std,
-        segments=args.n_segments if args.segments else None,
-        skip=args.on_error == "skip",
+        image_size=(settings.image_size[0], settings.image_size[-1]) if settings.image_size else None,
+        mean=settings.mean,
+        std=settings.std,
+        segments=settings.n_segments if settings.segments else None,
+        skip=settings.on_error == "skip",
     )
     example = loader.first(_PROBE)
-    feature_mask, features = choose_features(args, model, data, example)
-    baselines, replaced, static = choose_baselines(args, loader, example, device)
-    players = superpixels(example[0], args.n_segments) if feature_mask is None else feature_mask
+    feature_mask, features = choose_features(settings, model, data, example)
+    baselines, replaced, static = choose_baselines(settings, loader, example, device)
+    players = superpixels(example[0], settings.n_segments) if feature_mask is None else feature_mask
     example = example.to(device)
-    n_items = min(len(data), args.limit or len(data))
-    target, explained = choose_target(args.target, model, data, n_items, _n_outputs(model, example))
+    n_items = min(len(data), settings.limit or len(data))
+    target, explained = choose_target(settings.target, model, data, n_items, _n_outputs(model, example))
     evaluator = Evaluator(
         model.forward,
         (example,),
         players=resolve_players(players, (example,), _CALLER),
         baselines=baselines,
         target="predicted" if isinstance(target, Tensor) else target,
-        removal=resolve_removal(REMOVALS[args.removal], _CALLER),
-        batch_size=args.batch_size or "auto",
-        autocast=AUTOCAST[args.autocast],
+        removal=resolve_removal(REMOVALS[settings.removal], _CALLER),
+        batch_size=settings.batch_size or "auto",
+        autocast=AUTOCAST[settings.autocast],
         caller=_CALLER,
     )
-    n_players = args.n_segments if feature_mask is None else int(feature_mask.max()) + 1
-    check_budget(n_players, args.n_samples, args.estimator)
-    if args.link == "logit" and not bool(torch.isfinite(torch.logit(evaluator.full)).all()):
+    n_players = settings.n_segments if feature_mask is None else int(feature_mask.max()) + 1
+    check_budget(n_players, settings.n_samples, settings.estimator)
+    if settings.link == "logit" and not bool(torch.isfinite(torch.logit(evaluator.full)).all()):
         raise ValueError(
             f"{_CALLER}: --link logit needs a model whose answers are probabilities strictly between 0 and 1, got "
             f"answers from {float(evaluator.full.min()):.4g} to {float(evaluator.full.max()):.4g}; leave it out"
         )
-    n_samples = min(args.n_samples - args.n_samples % 2, 2 ** min(n_players, 62))
+    n_samples = min(settings.n_samples - settings.n_samples % 2, 2 ** min(n_players, 62))
     n_outputs = evaluator.full.shape[1] if evaluator.has_output_axis else None
     compute = ShapleyChunks(
         forward=model.forward,
-        seed=args.seed,
+        seed=settings.seed,
         target=target,
         n_outputs=n_outputs,
         feature_mask=feature_mask,
         options={
-            "n_samples": args.n_samples,
-            "estimator": args.estimator,
-            "link": args.link,
-            "removal": REMOVALS[args.removal],
+            "n_samples": settings.n_samples,
+            "estimator": settings.estimator,
+            "link": settings.link,
+            "removal": REMOVALS[settings.removal],
             "baselines": baselines,
-            "autocast": AUTOCAST[args.autocast],
+            "autocast": AUTOCAST[settings.autocast],
         },
         device=device,
     )
     size = chunk_size(n_samples, n_samples * evaluator.n_background, _row_flop(model, example), n_outputs or 1)
     manifest = {
         "kind": "attributions",
-        "method": args.method,
+        "method": settings.method,
         "n_items": n_items,
         "n_players": n_players,
-        "seed": args.seed,
-        "chunk_size": args.chunk_size or size,
+        "seed": settings.seed,
+        "chunk_size": settings.chunk_size or size,
         "rows": evaluator.batch_size,
         "model": {"spec": model.spec, "sha256": model.fingerprint, "class_names": model.class_names},
         "data": {
@@ -178,27 +175,27 @@ def prepare(args: argparse.Namespace, model: LoadedModel, device: str) -> Shaple
             "feature_names": data.feature_names,
         },
         "settings": {
-            "target": args.target,
-            "n_samples": args.n_samples,
-            "estimator": args.estimator,
-            "link": args.link,
+            "target": settings.target,
+            "n_samples": settings.n_samples,
+            "estimator": settings.estimator,
+            "link": settings.link,
             "features": features,
-            "removal": args.removal,
+            "removal": settings.removal,
             "baseline": replaced,
             "preprocessing": loader.preprocessing,
-            "autocast": args.autocast,
+            "autocast": settings.autocast,
         },
-        "versions": _versions(args),
+        "versions": _versions(model.spec, settings),
         "threads": torch.get_num_threads(),
         "device": torch.device(device).type,
     }
     if feature_mask is not None:
         static["feature_mask"] = feature_mask
-    shown = "are dropped from the sequence" if args.removal == "token-drop" else f"show {replaced}"
+    shown = "are dropped from the sequence" if settings.removal == "token-drop" else f"show {replaced}"
     lines = [
         f"model:    {model.spec}, sha256 {model.fingerprint[:12]}",
         f"data:     {data.spec}, {n_items:,} inputs of {' × '.join(map(str, example.shape[1:]))}",
-        f"explains: {explained} by {args.method} ({args.estimator})",
+        f"explains: {explained} by {settings.method} ({settings.estimator})",
         f"features: {features}; absent ones {shown}",
     ]
     return ShapleyJob(loader, compute, manifest, static, example, n_samples, evaluator.n_background, lines)
@@ -251,12 +248,12 @@ def _row_flop(model: LoadedModel, example: Tensor) -> float:
     return float(total)
 
 
-def _versions(args: argparse.Namespace) -> dict[str, str]:
+def _versions(model: str, settings: JobSettings) -> dict[str, str]:
     """Versions that may change results."""
     used = ["torch", "numpy"]
-    used += ["transformers"] if "hf:" in args.model + args.data else []
-    used += ["pillow"] if args.data.startswith(("imagefolder:", "hf:")) else []
-    used += ["scikit-image"] if args.segments else []
+    used += ["transformers"] if "hf:" in model + settings.data else []
+    used += ["pillow"] if settings.data.startswith(("imagefolder:", "hf:")) else []
+    used += ["scikit-image"] if settings.segments else []
     return {
         "xaifast": __version__,
         "python": platform.python_version(),
