@@ -10,7 +10,6 @@ default, and Captum at its best setting with the drop-in at that same setting.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import statistics
 import warnings
@@ -22,6 +21,7 @@ import torch
 from bench_jobs import fastest_batch, forward_all, seconds
 from environment import describe, pin_threads
 from jobs import Job, LeNet5, masked_rows
+from results import write
 from torch import Tensor
 
 import xaifast
@@ -140,11 +140,7 @@ def main() -> None:
         print(f"{measured[0]['job']:35s} {summary(measured)}", flush=True)
         rows += [{**row, **conditions} for row in measured]
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

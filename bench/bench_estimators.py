@@ -11,7 +11,6 @@ the full coalition.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from environment import describe, pin_threads
+from results import write
 from torch import Tensor, nn
 
 import xaifast
@@ -212,11 +212,7 @@ def main() -> None:
         each = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
         print(f"  {method} / {peer}: geometric mean {mean:.3f} ({each})")
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

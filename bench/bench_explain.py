@@ -9,7 +9,6 @@ call of `kernel_shap` with the command's own model rows a call, interleaved; med
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from environment import describe, pin_threads
 from jobs import LeNet5
+from results import write
 
 import xaifast
 from xaifast import cli, jobs
@@ -100,10 +100,7 @@ def main() -> None:
     for name, value in {**result, **environment}.items():
         print(f"{name:24s}{value}")
     if csv_path:
-        with open(csv_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*result, *environment])
-            writer.writeheader()
-            writer.writerow({**result, **environment})
+        write(csv_path, [{**result, **environment}])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ contenders and peers are interleaved in every round; ratios are taken within a r
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from environment import describe, pin_threads
 from jobs import JOBS, Job
+from results import write
 from torch import Tensor
 
 BATCHES = (16, 32, 64, 128, 256)
@@ -99,11 +99,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.csv, rows)
 
 
 if __name__ == "__main__":

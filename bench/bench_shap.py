@@ -10,7 +10,6 @@ medians are reported.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import statistics
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import shap
 import torch
 from environment import describe
+from results import write
 from threadpoolctl import ThreadpoolController
 
 from xaifast.compat.shap import KernelExplainer
@@ -133,11 +133,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write(arguments.csv, table)
 
 
 if __name__ == "__main__":

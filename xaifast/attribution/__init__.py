@@ -1,5 +1,6 @@
 """Attribution methods."""
 
-from .kernel_shap import ShapleyResult, kernel_shap
+from .kernel_shap import kernel_shap
+from .shapley_result import ShapleyResult
 
 __all__ = ["ShapleyResult", "kernel_shap"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..jobs import Chunk
-from .kernel_shap import ShapleyResult, kernel_shap
+from .kernel_shap import kernel_shap
+from .shapley_result import ShapleyResult
 
 DESIGN_BLOCK = 256  # inputs that share a design; chunks divide it, so designs do not depend on the chunk size
 _CHUNK_FLOP = 2e11  # some seconds of two CPU cores: what an interruption may cost
