@@ -1,14 +1,26 @@
-"""Coalitions: sets of present players, bit-packed, with weights."""
+"""What is asked about every input: coalitions, sets of present players, bit-packed, with weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .ops.coalitions import pack_coalitions, sample_coalitions, unpack_coalitions
+
+
+class Perturbations(Protocol):
+    """Perturbed versions of every input, one model evaluation each; coalitions are one kind."""
+
+    @property
+    def code(self) -> Tensor:
+        """int64 ``[N, W]``, or ``[B, N, W]`` where inputs differ: what the removal's rows are made from."""
+
+    def describe(self, index: int, n: int) -> str:
+        """Perturbation ``n`` of input ``index`` in words, for messages."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,17 @@ class Coalitions:
     bits: Tensor
     weights: Tensor
     n_players: int
+
+    @property
+    def code(self) -> Tensor:
+        """The bits."""
+        return self.bits
+
+    def describe(self, index: int, n: int) -> str:
+        """How many players are present."""
+        present = self.present[..., n, :]
+        present = present[index] if present.dim() == 2 else present
+        return f"coalition {n} ({int(present.sum())} of {present.numel()} players present)"
 
     @property
     def n_coalitions(self) -> int:

@@ -1,4 +1,4 @@
-"""The engine: inputs x coalitions through any model, streamed."""
+"""The engine: inputs x perturbations through any model, streamed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .coalitions import Coalitions
+from .coalitions import Perturbations
 from .graphs import GraphedForward
 from .model_state import check_deterministic, is_compiled
 from .players import Players
@@ -45,20 +45,22 @@ def as_inputs(inputs: object, caller: str) -> tuple[Tensor, ...]:
 
 
 class Evaluator:
-    """A model, its inputs and a removal, ready to be asked for the values of coalitions.
+    """A model, its inputs and a removal, ready to be asked for the values of coalitions or other perturbations.
 
-    Building it prepares the removal, evaluates the full coalition of every input (the first chunk, where a wrong output
-    shape, target or dtype shows) and settles the target. Calling it evaluates coalitions. Memory beside the results is
-    that of one chunk, whatever the number of coalitions. Nothing synchronises with the device or runs in Python per
-    coalition; one check for non-finite outputs ends each call.
+    Building it prepares the removal, evaluates the clean inputs (the first chunk, where a wrong output shape, target or
+    dtype shows) and settles the target. Calling it evaluates perturbations. Memory beside the results is that of one
+    chunk, whatever their number. Nothing synchronises with the device or runs in Python per perturbation; one check
+    for non-finite outputs ends each call.
 
     Args:
         forward: ``forward(*inputs_rows, *additional_forward_args) -> [b]``, ``[b, K]`` or an object with ``.logits``.
         inputs: Tuple of ``[B, ...]`` (see `as_inputs`).
-        players: Feature masks of the inputs.
+        players: Feature masks of the inputs; None where the removal reads perturbations that are no coalitions.
         baselines: Number, tensor, tuple or `Background`.
         target: int, LongTensor ``[B]``, ``"predicted"`` or None for all outputs.
         removal: See `xaifast.removal.resolve_removal`.
+        score: What becomes of the model's outputs ``[rows, K]`` before the target's is taken: a callable to
+            ``[rows, K]`` or ``[rows]``, applied to every row alone; None leaves them.
         additional_forward_args: Passed on after the inputs; tensors with leading B are repeated with their input.
         batch_size: Model rows a call, or ``"auto"``.
         autocast: dtype for ``torch.autocast`` around the model, or None.
@@ -73,10 +75,11 @@ class Evaluator:
         forward: Callable,
         inputs: tuple[Tensor, ...],
         *,
-        players: Players,
+        players: Players | None = None,
         baselines: object = 0.0,
         target: int | str | Tensor | None = None,
         removal: object = None,
+        score: Callable[[Tensor], Tensor] | None = None,
         additional_forward_args: object = None,
         batch_size: int | str = "auto",
         autocast: torch.dtype | None = None,
@@ -100,9 +103,8 @@ class Evaluator:
         if not allow_training_mode:
             check_deterministic(forward, caller)
         self._check_target(target)
-        self._prepared: Prepared = resolve_removal(removal, caller).prepare(
-            forward, inputs, players, baselines, self._args, caller
-        )
+        removal = resolve_removal(removal, caller)
+        self._prepared: Prepared = removal.prepare(forward, inputs, players, baselines, self._args, caller)
         # A compiled model or a captured graph wants one shape: the last chunk is then filled up with rows of the
         # chunk before.
         self._graph = GraphedForward(forward) if cuda_graph else None
@@ -111,6 +113,7 @@ class Evaluator:
         self.output_dtype: torch.dtype | None = None
         self._target: int | Tensor | None = None
         self._n_outputs: int | None = None  # None: the model returns [b]
+        self._score: Callable[[Tensor], Tensor] | None = None  # the clean outputs come first, as they are
 
         auto = batch_size == "auto"
         self.batch_size = self._auto_rows() if auto else batch_size
@@ -118,14 +121,17 @@ class Evaluator:
         if measure:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-        full = Coalitions.from_present(torch.ones(1, players.n_players, dtype=torch.bool, device="cpu"))
-        outputs = self._evaluate(full, "clean inputs", show_progress=False)[:, 0]  # [B, K]
+        clean = removal.clean(players)
+        outputs = self._evaluate(clean, "clean inputs", show_progress=False)[:, 0]  # [B, K]
         if measure:
             rows = min(self.batch_size, self.n_inputs * self.n_background)
             self.batch_size = self._auto_rows((torch.cuda.max_memory_allocated(self.device) - before) // rows)
         self._resolve_target(target, outputs)
-        self.full = self._pick(outputs, 0, self.n_inputs, 1)  # [B, K]
         self.predicted = outputs.argmax(1) if self._n_outputs is not None else None  # [B]
+        self._score = score
+        with torch.no_grad():
+            scored = self._scored(outputs.to(self.output_dtype)).double()
+        self.full = self._pick(scored, 0, self.n_inputs, 1)  # [B, K]
 
     def _auto_rows(self, peak_row_bytes: int | None = None) -> int:
         flat = all(x.dim() == 2 for x in self.inputs)
@@ -143,45 +149,45 @@ class Evaluator:
             return torch.full((self.n_inputs,), self._target, device=self.device)
         return self._target
 
-    def __call__(self, coalitions: Coalitions) -> Tensor:
-        """Values of coalitions.
+    def __call__(self, perturbations: Perturbations) -> Tensor:
+        """Values of perturbations.
 
         Returns:
             float64 ``[B, N, K]`` on the inputs' device, K = 1 where one output was asked for; the mean over the
             background where there is one.
 
         Raises:
-            ValueError: a non-finite model output; names input and coalition.
+            ValueError: a non-finite model output or score; names input and perturbation.
         """
-        return self._evaluate(coalitions, self.caller.removeprefix("xaifast."), show_progress=self.show_progress)
+        return self._evaluate(perturbations, self.caller.removeprefix("xaifast."), show_progress=self.show_progress)
 
-    def _evaluate(self, coalitions: Coalitions, description: str, *, show_progress: bool) -> Tensor:
-        n_coalitions = coalitions.n_coalitions
-        bits = coalitions.bits.to(self.device)
+    def _evaluate(self, perturbations: Perturbations, description: str, *, show_progress: bool) -> Tensor:
+        code = perturbations.code.to(self.device)
+        n = code.shape[-2]
         values: Tensor | None = None
-        groups = self._prepared.groups(coalitions)
-        total = self.n_inputs * n_coalitions
+        groups = self._prepared.groups(perturbations)
+        total = self.n_inputs * n
         units = max(1, self.batch_size // self.n_background)
-        with Stream(total, units, show_progress=show_progress, description=description, unit="coalition") as stream:
+        with Stream(total, units, show_progress=show_progress, description=description, unit="evaluation") as stream:
             for group in groups:
-                part = self._evaluate_group(group, bits, stream)  # [b, n, K]
-                if group.coalitions is None:
+                part = self._evaluate_group(group, code, stream)  # [b, n, K]
+                if group.members is None:
                     values = part
                     continue
                 if values is None:
-                    values = part.new_empty(self.n_inputs, n_coalitions, part.shape[2])
-                values[group.inputs, group.coalitions.to(self.device)] = part
-        self._check_finite(values, coalitions)
+                    values = part.new_empty(self.n_inputs, n, part.shape[2])
+                values[group.inputs, group.members.to(self.device)] = part
+        self._check_finite(values, perturbations)
         return values
 
-    def _evaluate_group(self, group: Group, bits: Tensor, stream: Stream) -> Tensor:
+    def _evaluate_group(self, group: Group, code: Tensor, stream: Stream) -> Tensor:
         prepared, inputs = group.prepared, range(*group.inputs.indices(self.n_inputs))
-        if bits.dim() == 3:
-            bits = bits[group.inputs]
-        if group.coalitions is not None:
-            bits = bits.index_select(-2, group.coalitions.to(bits.device))
-        bits = bits.contiguous()
-        n = bits.shape[-2]
+        if code.dim() == 3:
+            code = code[group.inputs]
+        if group.members is not None:
+            code = code.index_select(-2, group.members.to(code.device))
+        code = code.contiguous()
+        n = code.shape[-2]
         n_units, background = len(inputs) * n, prepared.n_background
         first_unit = inputs.start * n
         values: Tensor | None = None
@@ -191,7 +197,7 @@ class Evaluator:
         def step(start: int, stop: int) -> None:
             nonlocal values, buffers
             if stop - start == 1 and background > 1 and (background > self.batch_size or stream.rows == 1):
-                outputs = self._run_background(prepared, bits, start, first_unit, n, pieces)
+                outputs = self._run_background(prepared, code, start, first_unit, n, pieces)
             else:
                 n_rows = (stop - start) * background
                 # A chunk of one shape is full; the stream's chunks get smaller when memory runs out.
@@ -202,12 +208,12 @@ class Evaluator:
                     if self._graph is not None:
                         self._graph.reset()
                     buffers = self._buffers(prepared, capacity)
-                rows = prepared.rows(bits, start, stop, tuple(buffer[:n_rows] for buffer in buffers))
+                rows = prepared.rows(code, start, stop, tuple(buffer[:n_rows] for buffer in buffers))
                 if self._one_shape and buffers:
                     rows = buffers
                 replay = bool(buffers)  # a graph reads the addresses it was captured with
                 outputs = self._model(prepared, rows, first_unit + start, stop - start, n, replay=replay)[:n_rows]
-            outputs = outputs.view(stop - start, background, -1)
+            outputs = self._scored(outputs).view(stop - start, background, -1)
             outputs = outputs[:, 0] if background == 1 else outputs.double().mean(1)
             picked = self._pick(outputs, first_unit + start, stop - start, n)
             if values is None:
@@ -225,14 +231,14 @@ class Evaluator:
         return tuple(buffer.zero_() for buffer in buffers) if self._one_shape else buffers
 
     def _run_background(
-        self, prepared: Prepared, bits: Tensor, unit: int, first_unit: int, n: int, pieces: Stream
+        self, prepared: Prepared, code: Tensor, unit: int, first_unit: int, n: int, pieces: Stream
     ) -> Tensor:
-        """One coalition, its background in pieces of at most the batch size."""
+        """One perturbation, its background in pieces of at most the batch size."""
         outputs = []
 
         def step(start: int, stop: int) -> None:
             piece = prepared.background_slice(start, stop)
-            rows = piece.rows(bits, unit, unit + 1, piece.empty(stop - start))
+            rows = piece.rows(code, unit, unit + 1, piece.empty(stop - start))
             # A copy: a model may answer in the same memory every time.
             outputs.append(self._model(piece, rows, first_unit + unit, 1, n, replay=False).clone())
 
@@ -311,9 +317,21 @@ class Evaluator:
             )
         self._target = target.to(self.device, torch.int64) if isinstance(target, Tensor) else int(target)
 
+    def _scored(self, outputs: Tensor) -> Tensor:
+        """The score's answer ``[rows, K]`` to outputs ``[rows, K]``, checked for shape."""
+        if self._score is None:
+            return outputs
+        scores = self._score(outputs)
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if shape not in (tuple(outputs.shape), (outputs.shape[0],)):
+            raise ValueError(
+                f"{self.caller}: score must map outputs [b, K] to [b, K] or [b], got {shape} for {tuple(outputs.shape)}"
+            )
+        return scores if scores.dim() == 2 else scores.unsqueeze(1)
+
     def _pick(self, outputs: Tensor, first_unit: int, n_units: int, n: int) -> Tensor:
         """The target's column of outputs ``[units, K]``, or all columns."""
-        if self._target is None:
+        if self._target is None or outputs.shape[1] == 1:
             return outputs
         if isinstance(self._target, int):
             return outputs[:, self._target : self._target + 1]
@@ -321,16 +339,15 @@ class Evaluator:
         owner = unit.div(n, rounding_mode="floor")
         return outputs.gather(1, self._target[owner].unsqueeze(1))
 
-    def _check_finite(self, values: Tensor, coalitions: Coalitions) -> None:
+    def _check_finite(self, values: Tensor, perturbations: Perturbations) -> None:
         finite = torch.isfinite(values).all(2)  # [B, N]
         if not bool(finite.all()):
-            b, c = (~finite).nonzero()[0].tolist()
+            b, n = (~finite).nonzero()[0].tolist()
             n_bad = int((~finite).sum())
-            present = coalitions.present[..., c, :].expand(self.n_inputs, -1)[b]
             raise ValueError(
-                f"{self.caller}: model outputs must be finite, got {values[b, c].tolist()[:4]} for input {b}, "
-                f"coalition {c} ({int(present.sum())} of {present.numel()} players present; {n_bad} of "
-                f"{finite.numel()} evaluations are not finite); check the model on masked inputs and the baselines"
+                f"{self.caller}: model outputs must be finite, got {values[b, n].tolist()[:4]} for input {b}, "
+                f"{perturbations.describe(b, n)}; {n_bad} of {finite.numel()} evaluations are not finite; check the "
+                "model on masked inputs and the baselines"
             )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -17,7 +18,24 @@ _MIN_ROWS, _MAX_ROWS = 32, 4096
 _MAX_ROWS_MAPS = 256  # inputs with channels or space grow several times inside a model
 
 
-_job: ContextVar[Callable[[int], None] | None] = ContextVar("xaifast_job", default=None)
+@dataclass(frozen=True)
+class _Outer:
+    """What surrounds a stream: whom it tells about progress, and whether running out of memory is decided there."""
+
+    advance: Callable[[int], None]
+    owns_memory: bool
+
+
+_outer: ContextVar[_Outer | None] = ContextVar("xaifast_outer", default=None)
+
+
+@contextmanager
+def _surrounded(outer: _Outer) -> Iterator[None]:
+    token = _outer.set(outer)
+    try:
+        yield
+    finally:
+        _outer.reset(token)
 
 
 @contextmanager
@@ -26,11 +44,21 @@ def part_of_job(advance: Callable[[int], None]) -> Iterator[None]:
     their own, and pass an out-of-memory error on instead of halving their chunk, which is the job's to decide and to
     record (`xaifast.jobs`).
     """
-    token = _job.set(advance)
-    try:
+    with _surrounded(_Outer(advance, owns_memory=True)):
         yield
-    finally:
-        _job.reset(token)
+
+
+@contextmanager
+def shared_progress(total: int, *, show_progress: bool, description: str, unit: str = "row") -> Iterator[None]:
+    """Streams inside move one bar of ``total`` units; inside of a data-set job its bar, as without this."""
+    if _outer.get() is not None or not show_progress:
+        yield
+        return
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True)
+    with bar, _surrounded(_Outer(bar.update, owns_memory=False)):
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -99,8 +127,10 @@ class Stream:
         self._advance: Callable[[int], None] | None = None
 
     def __enter__(self) -> Stream:
-        self._advance = _job.get()
-        if self._advance is None and self._show:
+        outer = _outer.get()
+        if outer is not None:
+            self._advance = outer.advance
+        elif self._show:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=self._total, desc=self._description, unit=self._unit, unit_scale=True)
@@ -122,7 +152,8 @@ class Stream:
             except Exception as error:
                 if not is_out_of_memory(error) or str(error).startswith("xaifast:"):
                     raise
-                if _job.get() is not None:
+                outer = _outer.get()
+                if outer is not None and outer.owns_memory:
                     raise
                 if stop - start == 1:
                     raise too_large(error, "a single unit of work in flight") from error

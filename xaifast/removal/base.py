@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ..coalitions import Coalitions
+from ..coalitions import Coalitions, Perturbations
 from ..players import Players
 
 
@@ -31,24 +32,24 @@ class Background:
 
 @dataclass(frozen=True)
 class Group:
-    """Coalitions that are evaluated together: their rows have one shape.
+    """Perturbations that are evaluated together: their rows have one shape.
 
     Attributes:
         prepared: What makes and runs the rows, narrowed to ``inputs``.
         inputs: Which inputs.
-        coalitions: LongTensor of coalition numbers on the CPU, or None for all.
+        members: LongTensor of perturbation numbers on the CPU, or None for all.
     """
 
     prepared: Prepared
     inputs: slice
-    coalitions: Tensor | None
+    members: Tensor | None
 
 
 class Prepared(ABC):
     """A removal bound to a call's inputs: everything that is done once is done.
 
     Attributes:
-        n_background: R, model rows a coalition.
+        n_background: R, model rows a perturbation.
         row_bytes: Bytes of one model row, for the automatic chunk size.
         chunk_scale: How many times more rows than of the full input make an equally large chunk.
     """
@@ -62,12 +63,12 @@ class Prepared(ABC):
         """Buffers for ``n_rows`` model rows, contents undefined; none where `rows` allocates."""
 
     @abstractmethod
-    def rows(self, bits: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The model rows of units ``[start, stop)`` of the linear (input, coalition) space.
+    def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The model rows of units ``[start, stop)`` of the linear (input, perturbation) space.
 
         Args:
-            bits: int64 ``[N, W]`` or ``[B, N, W]`` on the inputs' device; unit u is input ``u // N``, coalition
-                ``u % N``.
+            code: int64 ``[N, W]`` or ``[B, N, W]`` on the inputs' device, of `Perturbations`; unit u is input
+                ``u // N``, perturbation ``u % N``.
             start: First unit.
             stop: One past the last unit.
             out: Buffers of `empty` with ``(stop - start) * R`` rows, to be filled and returned.
@@ -77,8 +78,8 @@ class Prepared(ABC):
     def run(self, forward: Callable, rows: tuple[Tensor, ...], args: tuple) -> object:
         """Call the model on rows."""
 
-    def groups(self, coalitions: Coalitions) -> list[Group]:
-        """Split coalitions into groups of one row shape."""
+    def groups(self, perturbations: Perturbations) -> list[Group]:
+        """Split perturbations into groups of one row shape."""
         return [Group(self, slice(None), None)]
 
     def background_slice(self, start: int, stop: int) -> Prepared:
@@ -93,6 +94,8 @@ class Prepared(ABC):
 class Removal(ABC):
     """What an absent player looks like; see `replace.Replace`, `tokens.TokenDrop` and `tokens.TokenSelect`.
 
+    A method whose perturbations are no sets of players brings a removal that reads their code, and takes no players.
+
     Attributes:
         design: The paired design of `xaifast.ops.sample_coalitions` that suits it.
     """
@@ -104,12 +107,12 @@ class Removal(ABC):
         self,
         forward: Callable,
         inputs: tuple[Tensor, ...],
-        players: Players,
+        players: Players | None,
         baselines: object,
         args: tuple,
         caller: str,
     ) -> Prepared:
-        """Do once what does not depend on the coalition.
+        """Do once what does not depend on the perturbation.
 
         Args:
             forward: The model.
@@ -119,3 +122,7 @@ class Removal(ABC):
             args: Additional forward arguments as the user gave them.
             caller: Prefix of error messages, for example ``"xaifast.kernel_shap"``.
         """
+
+    def clean(self, players: Players | None) -> Perturbations:
+        """The one perturbation that leaves inputs as they are."""
+        return Coalitions.from_present(torch.ones(1, players.n_players, dtype=torch.bool, device="cpu"))

@@ -152,9 +152,9 @@ class PreparedRows(Prepared):
         """Row buffers in each input's memory layout."""
         return tuple(empty_rows(plan, n_rows) for plan in self.plans)
 
-    def rows(self, bits: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One kernel an input tensor."""
-        return tuple(plan.rows(bits, start, stop, out=buffer) for plan, buffer in zip(self.plans, out, strict=True))
+        return tuple(plan.rows(code, start, stop, out=buffer) for plan, buffer in zip(self.plans, out, strict=True))
 
     def run(self, forward: Callable, rows: tuple[Tensor, ...], args: tuple) -> object:
         """The model on the masked inputs."""

@@ -197,9 +197,9 @@ class PreparedSelect(_PreparedTokens):
         """A token buffer ``[rows, T, D]``."""
         return (empty_rows(self.plan, n_rows),)
 
-    def rows(self, bits: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One kernel."""
-        return (self.plan.rows(bits, start, stop, out=out[0]),)
+        return (self.plan.rows(code, start, stop, out=out[0]),)
 
     def background_slice(self, start: int, stop: int) -> PreparedSelect:
         """Only background rows ``[start, stop)``."""
@@ -245,9 +245,9 @@ class PreparedDrop(_PreparedTokens):
         """None: each group's few rows are allocated as they are made."""
         return ()
 
-    def rows(self, bits: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One kernel."""
-        return (compact_rows(self.tokens, bits, self.token_players, self.length, start, stop),)
+        return (compact_rows(self.tokens, code, self.token_players, self.length, start, stop),)
 
 
 @dataclass(frozen=True)
