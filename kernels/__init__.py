@@ -21,6 +21,6 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Return the compile-time variants of every kernel; needs triton."""
-    from xaifast.kernels import select
+    from xaifast.kernels import perturb, select
 
-    return select.variants()
+    return select.variants() + perturb.variants()
