@@ -21,31 +21,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from curve_operators import CURVE_CASES
 from environment import describe
 from operators import CASES, ON_THE_HOST, PROVIDERS, check
 from results import show, write
 
-from xaifast.ops import mask_inputs, plan_selection
+from xaifast.ops import mask_inputs, pack_coalitions, plan_selection, unpack_coalitions
 from xaifast.ops.select import select_rows, select_rows_out
-from xaifast.ops.tokens import compact_rows
+from xaifast.ops.tokens import compact_rows, compact_rows_out
 
 ROUNDS = 25
-BUILDERS = {**{name: lambda build=build: build("cpu") for name, build in CASES.items()}, **ON_THE_HOST}
+BUILDERS = {name: lambda build=build: build("cpu") for name, build in (CASES | CURVE_CASES).items()} | ON_THE_HOST
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def calls() -> dict[str, Callable[[], object]]:
     """Operators on tensors so small that only the call costs."""
     x, bits, index = torch.randn(1, 16), torch.tensor([[3]]), torch.arange(4, dtype=torch.int32)
-    tokens, plan = torch.randn(1, 4, 4), plan_selection(torch.randn(1, 16))
+    tokens, plan, present = torch.randn(1, 4, 4), plan_selection(torch.randn(1, 16)), torch.ones(1, 16).bool()
     arguments = (plan.x, bits, plan.index, plan.baseline, plan.rep, plan.unit, 0, 1)
-    out = torch.empty(1, 16)
+    out, kept = torch.empty(1, 16), torch.empty(1, 4, 4)
     flat = out.view(1, 1, 16)
     return {
         "torch.add": lambda: torch.add(x, x),
         "select_rows": lambda: select_rows(*arguments),
         "select_rows_out": lambda: select_rows_out(*arguments, flat),
         "compact_rows": lambda: compact_rows(tokens, bits, index, 4, 0, 1),
+        "compact_rows_out": lambda: compact_rows_out(tokens, bits, index, 4, 0, 1, kept),
+        "pack_coalitions": lambda: pack_coalitions(present),
+        "unpack_coalitions": lambda: unpack_coalitions(bits, 16),
         "sample_coalitions": lambda: torch.ops.xaifast.sample_coalitions(4, 8, "leverage", 0, 0),
         "SelectPlan.rows": lambda: plan.rows(bits, 0, 1, out=out),
         "mask_inputs (plan and call)": lambda: mask_inputs(x, bits),

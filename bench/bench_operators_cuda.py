@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from curve_operators import CURVE_CASES
 from environment import describe
 from operators import CASES, PROVIDERS, Call, Case, check
 from results import Row, show, write
@@ -107,8 +108,9 @@ def main() -> int:
     torch.manual_seed(0)
     conditions, rows = describe(), []
     with torch.no_grad():
-        for name in (name for name in CASES if arguments.only in name):
-            case = CASES[name]("cuda")
+        cases = CASES | CURVE_CASES
+        for name in (name for name in cases if arguments.only in name):
+            case = cases[name]("cuda")
             check(case)
             rows += kernel_rows(case, arguments.rounds)
             del case

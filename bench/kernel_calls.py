@@ -119,10 +119,56 @@ def cubic_regression(
     return Call("cubic_regression", (*inputs, *results, Buffer(bytes(4 * n_outputs)), *sizes))
 
 
+def perturb_rows(
+    rng: random.Random, period: int, *, rep: int = 1, unit: int = 1, itemsize: int = 4, n_points: int = 4,
+    n_inputs: int = 1, shift: int = 0,
+) -> Call:  # fmt: skip
+    """Ranks of each input, an insertion row each, one deletion row; half of the points insert, half delete."""
+    row = rep * period * unit * itemsize
+    ranks = [rank for _ in range(n_inputs) for rank in rng.sample(range(-1, period - 1), period)]
+    points = [n for k in range(n_points) for n in (k * period // max(n_points - 1, 1), k % 2)]
+    sizes = (n_inputs * n_points * row, n_inputs * row, n_inputs * row, row)
+    return Call(
+        "perturb_rows",
+        (
+            *(Buffer(rng.randbytes(size), shift) for size in sizes), Buffer(array("i", ranks)),
+            Buffer(array("q", points)), itemsize, n_inputs, n_points, rep, period, unit, True, False, True, 0,
+            n_inputs * n_points, 1,
+        ),
+    )  # fmt: skip
+
+
+def rank_features(
+    rng: random.Random, n_features: int, *, itemsize: int = 4, infinity: int = 0x7F800000, ties: int = 0,
+    n_inputs: int = 2,
+) -> Call:  # fmt: skip
+    """Random bytes: every kind of value."""
+    n = n_inputs * n_features
+    buffers = (Buffer(bytes(4 * n)), Buffer(rng.randbytes(itemsize * n)))
+    return Call("rank_features", (*buffers, n_inputs, n_features, itemsize, infinity, ties, False, 1))
+
+
 def sample_coalitions(n_players: int, n_samples: int, design: int) -> Call:
     """Design 0 leverage, 1 kernel, 2 chain, 3 grouped."""
     bits = Buffer(bytes(8 * n_samples * -(-n_players // 64)))
     return Call("sample_coalitions", (n_players, n_samples, design, 7, 0, bits, Buffer(bytes(8 * n_samples))))
+
+
+def philox_words(n_calls: int) -> Call:
+    """A counter that wraps around."""
+    return Call("philox_words", (Buffer(bytes(16 * n_calls)), n_calls, (2**32 - 3, 1, 2, 3), (4, 5)))
+
+
+def pack_bits(rng: random.Random, n_rows: int, n_players: int, *, shift: int = 0) -> Call:
+    """Bytes of any value."""
+    bits = Buffer(bytes(8 * n_rows * -(-n_players // 64)))
+    return Call("pack_bits", (bits, Buffer(rng.randbytes(n_rows * n_players), shift), n_rows, n_players))
+
+
+def unpack_bits(rng: random.Random, n_rows: int, n_players: int, *, shift: int = 0) -> Call:
+    """Bits beyond the last player too."""
+    bits = Buffer(rng.randbytes(8 * n_rows * -(-n_players // 64)))
+    return Call("unpack_bits", (Buffer(bytes(n_rows * n_players), shift), bits, n_rows, n_players))
 
 
 def _patches(size: int, patch: int) -> Iterator[int]:
@@ -140,6 +186,13 @@ CASES: dict[str, tuple[Callable[[random.Random], Call], int]] = {
     "compact_rows": (lambda r: compact_rows(r, 197, 120, 768, n_coalitions=16), 10),
     "cubic_regression": (lambda r: cubic_regression(r, 130, 49), 1),
     "cubic_regression probes": (lambda r: cubic_regression(r, 130, 49, n_probes=16), 1),
+    "perturb_rows pixels": (lambda r: perturb_rows(r, 224 * 224, rep=3), 2),
+    "perturb_rows pieces": (lambda r: perturb_rows(r, 3136, rep=3, unit=16), 2),
+    "rank_features radix": (lambda r: rank_features(r, 10000), 4),
+    "rank_features few": (lambda r: rank_features(r, 49, n_inputs=40), 10),
+    "pack_bits": (lambda r: pack_bits(r, 1000, 196), 10),
+    "unpack_bits": (lambda r: unpack_bits(r, 1000, 196), 10),
+    "philox_words": (lambda r: philox_words(4096), 10),
     "sample_coalitions leverage": (lambda r: sample_coalitions(49, 500, 0), 2),
     "sample_coalitions chain": (lambda r: sample_coalitions(49, 482, 2), 4),
     "sample_coalitions grouped": (lambda r: sample_coalitions(196, 500, 3), 2),
@@ -188,6 +241,17 @@ def edge_calls() -> Iterator[Call]:
         yield compact_rows(rng, n_tokens, length, row_bytes, shift=shift)
     for n_rows, n_players, n_probes in itertools.product((1, 7, 8, 9, 65), (1, 3, 49), (0, 1, 9)):
         yield cubic_regression(rng, n_rows, n_players, n_probes=n_probes)
+    for (rep, period, unit), itemsize in itertools.product([*layouts, (3, 4097, 1), (1, 2, 700)], (1, 2, 4, 8)):
+        for n_inputs, shift in itertools.product((1, 2), (0, 1)):
+            yield perturb_rows(rng, period, rep=rep, unit=unit, itemsize=itemsize, n_inputs=n_inputs, shift=shift)
+    formats = ((2, 0x7C00), (2, 0), (4, 0x7F800000), (4, 0), (8, 0x7FF0000000000000), (8, 0))
+    for (itemsize, infinity), n_features in itertools.product(formats, (1, 2, 63, 65, 129, 257, 3000)):
+        for ties in range(3):
+            yield rank_features(rng, n_features, itemsize=itemsize, infinity=infinity, ties=ties)
+    yield from (philox_words(n_calls) for n_calls in (8, 16, 72))
+    for n_rows, n_players, shift in itertools.product((1, 2, 5), (1, 7, 63, 64, 65, 130, 196), (0, 1)):
+        yield pack_bits(rng, n_rows, n_players, shift=shift)
+        yield unpack_bits(rng, n_rows, n_players, shift=shift)
     for n_players, design in itertools.product((2, 3, 5, 63, 64, 65, 130, 4096), range(4)):
         pairs = min(n_players - 1, 40) if n_players < 6 else 40
         yield sample_coalitions(n_players, 4 if n_players == 2 else 2 + 2 * min(pairs, n_players - 1), design)

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xaifast import _native
 from xaifast.attribution import _adjusted
-from xaifast.ops import blend_inputs, pack_coalitions, plan_selection, sample_coalitions, tokens, unpack_coalitions
+from xaifast.ops import blend_inputs, pack_coalitions, plan_selection, sample_coalitions, unpack_coalitions
 from xaifast.ops.plan import SelectPlan
-from xaifast.ops.tokens import compact_rows
+from xaifast.ops.tokens import compact_rows, compact_rows_out
 from xaifast.reference import coalitions as reference_coalitions
 from xaifast.reference import masking as reference
 from xaifast.reference import tokens as reference_tokens
@@ -52,16 +53,18 @@ class Case:
 def _memory_bound(
     name: str, operator: str, ours: Call, by_torch: Callable, arguments: tuple, written: Tensor, read: list[Tensor]
 ) -> Case:
-    """A case whose ceiling is a memcpy of the bytes it writes (which also reads as many; `fill` does not)."""
-    source, target = torch.zeros_like(written), torch.zeros_like(written)
+    """A case whose ceiling is a memcpy of the bytes it writes (which also reads as many; `fill` does not); of half of
+    all bytes where it reads more than it writes."""
+    moved = sum(t.nbytes for t in (written, *read))
+    source = torch.zeros(max(written.nbytes, moved // 2), dtype=torch.uint8, device=written.device)
+    target, filled = torch.zeros_like(source), torch.zeros_like(written)
     compiled = torch.compile(by_torch, fullgraph=True)
     providers = {
         "xaifast": ours,
         "reference": lambda: by_torch(*arguments),
         "torch.compile": lambda: compiled(*arguments),
-        "fill": lambda: target.fill_(1),
+        "fill": lambda: filled.fill_(1),
     }
-    moved = sum(t.numel() * t.element_size() for t in (written, *read))
     return Case(name, operator, providers, lambda: target.copy_(source), "memcpy", moved)
 
 
@@ -118,21 +121,27 @@ def select_table(device: str) -> Case:
 
 
 def compact(device: str) -> Case:
-    """Half of 196 patches and the class token kept; allocates its result, as the engine has it do."""
+    """Half of 196 patches and the class token kept, into a given buffer; `allocating` makes a new one."""
     n, length = 64 if device == "cpu" else 2048, 99
     x = torch.randn(1, 197, 768, dtype=torch.bfloat16, device=device)
     index = torch.arange(-1, 196, dtype=torch.int32, device=device)
     bits = pack_coalitions(torch.rand(n, 196).argsort(1) < 98).to(device)
     arguments = (x, bits, index, length, 0, n)
     out = compact_rows(*arguments)
+
+    def ours() -> Tensor:
+        compact_rows_out(*arguments, out)
+        return out
+
+    def by_torch(out: Tensor, *arguments: object) -> Tensor:
+        return out.copy_(reference_tokens.compact_rows(*arguments))
+
     case = _memory_bound(
-        f"tokens 197x768 bfloat16, 99 kept, {n} coalitions", "compact_rows", lambda: compact_rows(*arguments),
-        reference_tokens.compact_rows, arguments, out, [x, bits, index],
+        f"tokens 197x768 bfloat16, 99 kept, {n} coalitions", "compact_rows", ours, by_torch, (out, *arguments), out,
+        [x, bits, index],
     )  # fmt: skip
-    native = _native.cpu()
-    if device == "cpu" and native is not None:
-        raw = tokens._native_arguments
-        case.providers["kernel alone"] = lambda: native.compact_rows(*raw(*arguments, out), 1)  # no new memory
+    case.providers["allocating"] = lambda: compact_rows(*arguments)
+    case.out = out
     return case
 
 
@@ -148,42 +157,50 @@ def blend(device: str) -> Case:
 
 
 def pack(device: str) -> Case:
-    """Booleans to words; made of torch's operations."""
+    """Booleans to words, allocated; `kernel alone` writes to memory that is there."""
     present = torch.rand(65536, 196, device=device) < 0.5
     bits = pack_coalitions(present)
-    return _memory_bound(
-        "65536 coalitions of 196 players", "pack_coalitions", lambda: pack_coalitions(present), pack_coalitions,
-        (present,), bits, [present],
+    case = _memory_bound(
+        "65536 coalitions of 196 players", "pack_coalitions", lambda: pack_coalitions(present),
+        reference_coalitions.pack_coalitions, (present,), bits, [present],
     )  # fmt: skip
+    if device == "cpu" and (native := _native.cpu()) is not None:
+        case.providers["kernel alone"] = lambda: native.pack_bits(bits.data_ptr(), present.data_ptr(), *present.shape)
+    return case
 
 
 def unpack(device: str) -> Case:
-    """Words to booleans; made of torch's operations."""
+    """Words to booleans, allocated; `kernel alone` writes to memory that is there."""
     bits = torch.randint(-(2**63), 2**63 - 1, (65536, 4), device=device)
     present = unpack_coalitions(bits, 196)
-    return _memory_bound(
+    case = _memory_bound(
         "65536 coalitions of 196 players", "unpack_coalitions", lambda: unpack_coalitions(bits, 196),
-        unpack_coalitions, (bits, 196), present, [bits],
+        reference_coalitions.unpack_coalitions, (bits, 196), present, [bits],
     )  # fmt: skip
+    if device == "cpu" and (native := _native.cpu()) is not None:
+        case.providers["kernel alone"] = lambda: native.unpack_bits(present.data_ptr(), bits.data_ptr(), *present.shape)
+    return case
 
 
 def sample() -> Case:
-    """The default design. Ceiling: torch's generator (32 random bits a number) drawing a number a chosen player."""
+    """The default design. Ceiling: NumPy's Philox making a 64-bit word for each player chosen, which is what the design
+    takes; `words alone` are the package's own generator making as many."""
     n_players, n = 196, 4000  # on the host, wherever the result goes
     bits, weights = sample_coalitions(n_players, n)
-    drawn = torch.empty(int(unpack_coalitions(bits[2::2], n_players).sum()), dtype=torch.int32)
-    code = "leverage"
+    n_words = int(unpack_coalitions(bits[2::2], n_players).sum())
+    generator, native = np.random.Philox(0), _native.cpu()
+    providers = {
+        "xaifast": lambda: sample_coalitions(n_players, n),
+        "reference": lambda: reference_coalitions.sample_coalitions(n_players, n, "leverage", 0, 0),
+    }
+    if native is not None:
+        n_calls = -(-n_words // 16) * 8
+        words = torch.empty(2 * n_calls, dtype=torch.int64)
+        providers["words alone"] = lambda: native.philox_words(words.data_ptr(), n_calls, (0, 0, 0, 0), (0, 0))
     return Case(
-        f"{n_players} players, {n} coalitions",
-        "sample_coalitions",
-        {
-            "xaifast": lambda: sample_coalitions(n_players, n),
-            "reference": lambda: reference_coalitions.sample_coalitions(n_players, n, code, 0, 0),
-        },
-        lambda: drawn.random_(),
-        "random numbers",
-        bits.nbytes + weights.nbytes,
-    )
+        f"{n_players} players, {n} coalitions", "sample_coalitions", providers,
+        lambda: generator.random_raw(n_words, output=False), "random words", bits.nbytes + weights.nbytes,
+    )  # fmt: skip
 
 
 def regression() -> Case:
@@ -224,7 +241,7 @@ CASES: dict[str, Callable[[str], Case]] = {
     "unpack": unpack,
 }
 ON_THE_HOST: dict[str, Callable[[], Case]] = {"sample": sample, "regression": regression}
-PROVIDERS = ("xaifast", "kernel alone", "reference", "torch.compile", "fill")
+PROVIDERS = ("xaifast", "allocating", "kernel alone", "words alone", "reference", "torch.compile", "fill")
 
 
 def check(case: Case) -> None:

@@ -64,6 +64,35 @@ def test_native_equals_the_reference_bit_for_bit(n_players, design):
             assert torch.equal(native_weights, weights)
 
 
+@needs_native
+@pytest.mark.parametrize("design", DESIGNS)
+def test_streams_longer_than_what_is_made_ahead(design):
+    # 600 words a coalition, 1199 a chain, and one stream of 700 ranks.
+    for n_players, n_samples in ((1200, 20), (20, 4000)):
+        n_rows = design_size(n_players, n_samples, design)
+        expected = reference.sample_coalitions(n_players, n_rows, design, 3, 1)
+        for got, wanted in zip(sample_coalitions(n_players, n_samples, design, seed=3, block=1), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+DIGEST = """
+import hashlib, test_coalitions as t
+digest = hashlib.sha256()
+for n_players, n_samples in ((5, 20), (33, 700), (64, 300), (196, 1000), (1000, 300)):
+    for design in t.DESIGNS:
+        bits, weights = t.sample_coalitions(n_players, n_samples, design, seed=3, block=5)
+        present = t.unpack_coalitions(bits, n_players)
+        for values in (bits, weights, present, t.pack_coalitions(present.T)):
+            digest.update(values.numpy().tobytes())
+digest.update(str(t.native_words((2**32 - 5, 1, 2, 3), (4, 5), 24)).encode())
+print(digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_draws_the_same(run_on_every_isa):
+    assert len(run_on_every_isa(DIGEST)) == 1
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize(
     ("n_players", "n_samples"), [(2, 4), (5, 17), (9, 300), (10, 64), (64, 200), (65, 301), (200, 999)]
@@ -281,19 +310,49 @@ def test_bad_arguments(options, error, text):
     assert text in str(raised.value)
 
 
-@pytest.mark.parametrize("n_players", [1, 2, 63, 64, 65, 130])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
-def test_packing(n_players, shape):
-    present = torch.rand(*shape, n_players) < 0.5
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("n_players", [0, 1, 2, 8, 63, 64, 65, 130, 200])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (70,)])
+def test_packing(n_players, shape, backend, monkeypatch):
+    monkeypatch.setenv("XAIFAST_BACKEND", backend)
+    present = torch.rand(*shape, n_players, generator=torch.Generator().manual_seed(n_players)) < 0.5
     bits = pack_coalitions(present)
     assert bits.dtype == torch.int64
     assert bits.shape == (*shape, -(-n_players // 64))
-    for row, words in zip(
-        present.reshape(-1, n_players).tolist(), bits.reshape(-1, bits.shape[-1]).tolist(), strict=True
-    ):
+    rows = (t.reshape(math.prod(shape), t.shape[-1]).tolist() for t in (present, bits))
+    for row, words in zip(*rows, strict=True):
         number = sum(1 << player for player, there in enumerate(row) if there)
         assert sum((word % 2**64) << (64 * w) for w, word in enumerate(words)) == number
     assert torch.equal(unpack_coalitions(bits, n_players), present)
+    if n_players % 64:
+        bits[..., -1] |= -1 << n_players % 64  # beyond the last player
+        assert torch.equal(unpack_coalitions(bits, n_players), present)
+
+
+def test_packing_of_views():
+    present = torch.rand(6, 5, 150, generator=torch.Generator().manual_seed(0)) < 0.5
+    for view in (
+        present[::2],
+        present.transpose(0, 1),
+        present[..., 1::2],
+        present[..., 3:80],
+        present[:1].expand(4, 5, 150),
+    ):
+        bits = pack_coalitions(view)
+        assert torch.equal(bits, pack_coalitions(view.clone()))
+        assert torch.equal(unpack_coalitions(bits, view.shape[-1]), view)
+        wide = torch.stack((bits, ~bits), -1)[..., 0]
+        assert torch.equal(unpack_coalitions(wide, view.shape[-1]), view)
+
+
+def test_packing_under_transforms_and_compilation():
+    present = torch.rand(3, 4, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = pack_coalitions(present)
+    assert torch.equal(torch.vmap(pack_coalitions)(present), bits)
+    assert torch.equal(torch.vmap(lambda b: unpack_coalitions(b, 70))(bits), present)
+    compiled = torch.compile(lambda p: unpack_coalitions(pack_coalitions(p), 70), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(present), present)
+    assert pack_coalitions(present.to("meta")).shape == bits.shape
 
 
 def test_packing_refuses_nonsense():
@@ -347,8 +406,36 @@ PHILOX = [
 ]
 
 
+def native_words(counter, key, n_calls):
+    words = torch.full((2 * n_calls + 8,), -1, dtype=torch.int64)
+    _native.cpu().philox_words(words.data_ptr(), n_calls, counter, key)
+    assert (words[2 * n_calls :] == -1).all(), "wrote beyond the end"
+    return [word % 2**64 for word in words[: 2 * n_calls].tolist()]
+
+
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
 def test_philox_known_answers(counter, key, expected):
     assert reference.philox4x32(counter, key) == expected
     if _native.cpu() is not None:
-        assert _native.cpu().philox(counter, key) == expected
+        w0, w1, w2, w3 = expected
+        assert native_words(counter, key, 8)[:2] == [w0 | w1 << 32, w2 | w3 << 32]
+
+
+@needs_native
+@pytest.mark.parametrize("n_calls", [0, 8, 16, 72])
+@pytest.mark.parametrize("first", [0, 5, 2**32 - 3])
+def test_native_philox_counts_up(first, n_calls):
+    tail, key = (7, 2**32 - 1, 3 << 24), (2**31, 0xDEADBEEF)
+    expected = []
+    for call in range(n_calls):
+        w0, w1, w2, w3 = reference.philox4x32(((first + call) % 2**32, *tail), key)
+        expected += [w0 | w1 << 32, w2 | w3 << 32]
+    assert native_words((first, *tail), key, n_calls) == expected
+
+
+@needs_native
+def test_native_philox_refuses_nonsense():
+    words = torch.zeros(16, dtype=torch.int64)
+    for address, n_calls in [(words.data_ptr(), 4), (words.data_ptr(), -8), (0, 8)]:
+        with pytest.raises(ValueError, match="philox_words: "):
+            _native.cpu().philox_words(address, n_calls, (0, 0, 0, 0), (0, 0))

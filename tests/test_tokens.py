@@ -5,13 +5,16 @@ import torch
 from masking_cases import DEVICES, assert_bytes, design, random
 from masking_cases import DTYPES as ALL_DTYPES
 
+from xaifast.coalitions import Coalitions
 from xaifast.ops.coalitions import pack_coalitions
 from xaifast.ops.masking import plan_selection
 from xaifast.ops.tokens import compact_tokens, select_tokens
 from xaifast.reference import tokens as reference
+from xaifast.removal.tokens import PreparedDrop
 
 DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.bool]
 compact_rows = torch.ops.xaifast.compact_rows.default
+compact_rows_out = torch.ops.xaifast.compact_rows_out.default
 
 
 @pytest.fixture(params=DEVICES)
@@ -125,7 +128,34 @@ def test_overflow_names_the_coalition(backend, monkeypatch):
     index = torch.arange(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="coalition 1 of input 1"):
         compact_rows(tokens, bits, index, 1, 3, 5)
+    with pytest.raises(ValueError, match="coalition 1 of input 1"):
+        compact_rows_out(tokens, bits, index, 1, 3, 5, torch.empty(2, 1, 3))
     assert compact_rows(tokens, bits, index, 1, 3, 4).shape == (1, 1, 3)
+
+
+def test_rows_into_memory_of_the_arguments_are_refused():
+    # x, bits and index one after the other, with room between them.
+    memory = torch.zeros(64, dtype=torch.int64)
+    x, bits, index = memory[:12].view(1, 4, 3), memory[20:22].view(2, 1), memory[30:32].view(torch.int32)
+    x.copy_(torch.arange(1, 13).view(1, 4, 3))
+    bits.copy_(torch.tensor([[0b0101], [0b1110]]))
+    index.copy_(torch.arange(4))
+    before = memory.clone()
+    for first in (0, 11, 20 - 11, 21, 30 - 11, 31):
+        with pytest.raises(ValueError, match="^xaifast.compact_rows: out must share no memory"):
+            compact_rows_out(x, bits, index, 4, 0, 1, memory[first : first + 12].view(1, 4, 3))
+        assert torch.equal(memory, before)
+    expected = reference.compact_rows(x, bits, index, 4, 0, 1)
+    for first in (32, 52):
+        out = memory[first : first + 12].view(1, 4, 3)
+        compact_rows_out(x, bits, index, 4, 0, 1, out)
+        assert_bytes(out, expected)
+    tight = memory[22:28].view(1, 2, 3)  # begins where bits end
+    compact_rows_out(x, bits, index, 2, 0, 1, tight)
+    assert_bytes(tight, expected[:, :2])
+    overlapping = x.transpose(1, 2).contiguous().transpose(1, 2)  # read from a copy
+    compact_rows_out(overlapping, bits, index, 4, 0, 1, overlapping.mT.view(1, 4, 3))
+    assert_bytes(overlapping.mT.view(1, 4, 3), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,7 +188,33 @@ def test_ranges_are_slices_of_the_whole(per_input, step, device):
     for start in range(0, 12, step):
         stop = min(12, start + step)
         assert_bytes(compact_rows(x, bits, index, length, start, stop), whole[start:stop])
+        out = torch.full((stop - start + 2, 8, 5), float("nan"), device=device)
+        compact_rows_out(x, bits, index, length, start, stop, out[1:-1])
+        assert_bytes(out[1:-1], whole[start:stop])
+        assert out[0].isnan().all() and out[-1].isnan().all()
     assert compact_rows(x, bits, index, length, 5, 5).shape == (0, 8, 5)
+
+
+def test_groups_of_dropped_tokens_share_one_memory(device):
+    tokens, index, present = random((2, 7, 4), device=device), PLAYERS.to(device, torch.int32), design(5, 8)
+    tokens_of, image = torch.bincount(PLAYERS[1:]).double(), tokens[:1]
+    first, other = (
+        PreparedDrop(None, image, tokens=tokens, token_players=index, tokens_of=tokens_of, n_prefix=1, length=7)
+        for _ in range(2)
+    )
+    (longest,) = first.rows(pack_coalitions(present).to(device), 0, 36, ())
+    groups = first.groups(Coalitions.from_present(present))
+    assert len(groups) > 3
+    for group in groups:
+        bits = pack_coalitions(present[group.members]).to(device)
+        for start, stop in ((0, len(bits)), (1, 2 * len(bits)), (0, 1)):
+            with torch.inference_mode(start == 0):
+                (rows,) = group.prepared.rows(bits, start, stop, ())
+            assert_bytes(rows, reference.compact_rows(tokens, bits, index, group.prepared.length, start, stop))
+            assert rows.data_ptr() == longest.data_ptr()
+    before = rows.clone()
+    other.rows(pack_coalitions(present).to(device), 0, 36, ())
+    assert_bytes(rows, before)
 
 
 @pytest.mark.parametrize("change", ["tokens", "width", "expanded"])
@@ -181,6 +237,8 @@ def test_opcheck(variant, requires_grad, device):
         case[5] = case[4]
     if variant == "noncontiguous":
         case[0] = torch.stack((case[0], case[0]), -1)[..., 0]
+    out = torch.empty(case[5] - case[4], 8, 5, dtype=case[0].dtype, device=device)
+    torch.library.opcheck(compact_rows_out, (*case, out))
     case[0] = case[0].detach().requires_grad_(requires_grad)
     torch.library.opcheck(compact_rows, tuple(case))
 
@@ -245,6 +303,15 @@ def test_compile(backend, device):
     torch.testing.assert_close(compiled(torch.func.grad(op))(x), expected)
     wide = torch.stack((x, x + 1))
     torch.testing.assert_close(compiled(torch.vmap(torch.func.grad(op)))(wide), torch.vmap(torch.func.grad(ref))(wide))
+
+    def filled(x, bits, index, out):
+        compact_rows_out(x, bits, index, *rest[2:], out)
+        return out + 1
+
+    out = torch.full((rest[4] - rest[3], 8, 5), float("nan"), dtype=x.dtype, device=device)
+    expected = reference.compact_rows(*case)
+    assert_bytes(compiled(filled)(*case[:3], out), expected + 1)
+    assert_bytes(out, expected)
     bits = pack_coalitions(design(5, device=device))
     public = lambda x, bits, players: compact_tokens(x, bits, players, 7)  # noqa: E731
     players = PLAYERS.to(device)
@@ -253,6 +320,12 @@ def test_compile(backend, device):
 
 TOKENS = torch.zeros(2, 7, 3)
 BITS = torch.zeros(4, 1, dtype=torch.int64)
+
+
+def fill(out):
+    compact_rows_out(TOKENS, BITS, PLAYERS.int(), 7, 0, 8, out)
+
+
 ERRORS = {
     "token rank": (lambda: compact_tokens(TOKENS[0], BITS, PLAYERS, 7), ValueError, "tokens must be"),
     "players shape": (lambda: compact_tokens(TOKENS, BITS, PLAYERS[:6], 7), ValueError, "token_players must be"),
@@ -270,6 +343,15 @@ ERRORS = {
     "negative ids": (lambda: compact_tokens(TOKENS, BITS, PLAYERS - 1, 7), ValueError, "got -2"),
     "baseline": (lambda: select_tokens(TOKENS, BITS, PLAYERS, TOKENS[0, 0, :2]), ValueError, "baselines must be"),
     "op: range": (lambda: compact_rows(TOKENS, BITS, PLAYERS.int(), 7, 0, 9), ValueError, "units 0..9"),
+    "out: shape": (
+        lambda: fill(torch.empty(7, 7, 3)),
+        ValueError,
+        r"out must be contiguous, torch.float32 \[8, 7, 3\]",
+    ),
+    "out: length": (lambda: fill(torch.empty(8, 8, 3)), ValueError, "out must be contiguous"),
+    "out: dtype": (lambda: fill(torch.empty(8, 7, 3).double()), ValueError, "got torch.float64"),
+    "out: layout": (lambda: fill(torch.empty(8, 3, 7).mT), ValueError, r"with strides \[21, 1, 7\]"),
+    "out: device": (lambda: fill(torch.empty(8, 7, 3, device="meta")), ValueError, "on meta"),
     "op: index": (lambda: compact_rows(TOKENS, BITS, PLAYERS, 7, 0, 8), ValueError, "int32 index"),
 }
 

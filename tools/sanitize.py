@@ -29,7 +29,7 @@ FOLDER = ROOT / "build" / "sanitize"
 CALLS = ROOT / "bench" / "kernel_calls.py"
 ISAS = ("baseline", "v3", "v4")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-TESTS = ("native", "coalitions", "cubic", "masking", "select_rows", "tokens")
+TESTS = ("native", "coalitions", "cubic", "masking", "plan", "select_rows", "tokens", "perturb", "ranking")
 # What tests torch and not a kernel, starts processes of its own (an instruction set is forced here), or is long.
 LEFT_OUT = "gradient compile opcheck registration registered instruction_set without_native cuda adjusted 250- 257-"
 OVERLAY = """
@@ -61,6 +61,11 @@ FAULTS = (
     Fault("select_rows", "lane_mask.h", "index[p] != first + p", "index[p] - index[0] != p", "signed integer overflow"),
     Fault("compact_rows", "compact.cpp", "taken * a.row_bytes)", "taken * a.row_bytes + 1)", OVERRUN),
     Fault("cubic_regression", "cubic.cpp", "alpha, solution_, n *", "alpha, solution_, (n + 1) *", OVERRUN),
+    Fault("pack_bits", "pack.cpp", "if (end - bytes < 64)", "if (end - bytes < 63)", OVERRUN),
+    Fault("unpack_bits", "pack.cpp", "if (end - bytes >= 64)", "if (end - bytes >= 63)", OVERRUN),
+    Fault("philox_words", "philox.cpp", "call < n_calls;", "call <= n_calls;", OVERRUN),
+    Fault("perturb_rows", "perturb.cpp", "kBlockEntries : a.period - p", "kBlockEntries : kBlockEntries", OVERRUN),
+    Fault("rank_features", "rank.cpp", "std::malloc(2 * n *", "std::malloc(n *", OVERRUN),
     Fault("sample_coalitions", "coalitions.cpp", "int64_t w = 0; w < words_;", "int64_t w = 0; w <= words_;", OVERRUN),
 )
 

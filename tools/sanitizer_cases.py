@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 import xaifast.ops  # noqa: F401  registers the operators
+from xaifast.ops import rank_features
+from xaifast.ops.perturb_rows import perturb_rows, perturb_rows_out
 from xaifast.ops.select import select_rows, select_rows_out
-from xaifast.ops.tokens import compact_rows
+from xaifast.ops.tokens import compact_rows, compact_rows_out
 from xaifast.reference import masking as reference
+from xaifast.reference import perturb as reference_perturb
+from xaifast.reference import ranking as reference_ranking
 from xaifast.reference import tokens as reference_tokens
 
 Case = tuple[str, list[Tensor], list[Tensor]]  # name, results, what they must be
@@ -51,8 +55,38 @@ def compact_cases(device: str) -> Iterator[Case]:
         for length in (n_tokens, n_tokens + 3, *((20,) if device != "cpu" else ())):
             arguments = (x, bits, index, length, 1, 2 * 9 - 1)
             expected = reference_tokens.compact_rows(*arguments)
+            out = torch.zeros_like(expected)
+            compact_rows_out(*arguments, out)
             name = f"compact_rows {dtype} width {width}, per input {per_input}, length {length}"
-            yield name, [compact_rows(*arguments)], [expected]
+            yield name, [out, compact_rows(*arguments)], [expected] * 2
+
+
+def perturb_cases(device: str) -> Iterator[Case]:
+    """Every item size, entries of one item and of several, shared and per input, odd ends."""
+    for dtype, per_input, (rep, period, unit) in itertools.product(
+        DTYPES, (False, True), ((3, 35, 1), (2, 9, 5), (1, 700, 2))
+    ):
+        n_inputs, n_points, n_elements = 3, 17, rep * period * unit
+        rows = n_inputs if per_input else 1
+        rank = (torch.rand(rows, period, device=device).argsort(1) - 1).int()
+        points = torch.stack([torch.randint(0, n, (n_points,), device=device) for n in (period + 1, 2)], 1)
+        x, insertion, deletion = (
+            (torch.rand(n, n_elements, device=device) * 200).to(dtype) for n in (n_inputs, rows, rows)
+        )
+        arguments = (x, insertion, deletion, rank, rep, unit, points, 1, n_inputs * n_points - 1)
+        out = torch.zeros(n_inputs * n_points - 2, n_elements, dtype=dtype, device=device)
+        perturb_rows_out(*arguments, out)
+        expected = reference_perturb.perturb_rows(*arguments)
+        name = f"perturb_rows {dtype} {rep} x {period} x {unit}, per input {per_input}"
+        yield name, [out, perturb_rows(*arguments)], [expected] * 2
+
+
+def rank_cases(device: str) -> Iterator[Case]:
+    """Widths about where the kernel's way of sorting changes."""
+    for dtype, width in itertools.product((torch.bfloat16, torch.float32, torch.float64, torch.int64), (3, 100, 1000)):
+        values = (torch.randn(5, width, device=device) * 50).to(dtype)
+        expected = reference_ranking.rank_features(values, "most", None)
+        yield f"rank_features {dtype} {width}", [rank_features(values)], [expected]
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -67,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     right = []
-    for name, results, expected in itertools.chain(select_cases(device), compact_cases(device)):
+    families = (select_cases, compact_cases, perturb_cases, rank_cases)
+    for name, results, expected in itertools.chain.from_iterable(family(device) for family in families):
         right.append(all(equal(a, b) for a, b in zip(results, expected, strict=True)))
         print(f"{'ok   ' if right[-1] else 'WRONG'} {name}")
     if device != "cpu":

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
-#include <string>
-#include <unordered_set>
 #include <vector>
 
+#include "distinct.h"
 #include "random_stream.h"
 
 // Equal, bit for bit, to xaifast/reference/coalitions.py, which explains the steps; doubles are added in its order.
@@ -48,7 +48,8 @@ void gather_group(SizeClass** first, SizeClass** last, double uniform) {
   (*chosen)->drawn = pairs;
 }
 
-std::vector<SizeClass> size_classes(int64_t n_players, int64_t n_pairs, Design design, uint64_t seed) {
+std::vector<SizeClass> size_classes(const Kernels& kernels, int64_t n_players, int64_t n_pairs, Design design,
+                                    uint64_t seed) {
   std::vector<SizeClass> classes;
   unsigned __int128 binomial = 1;
   for (int64_t k = 1; k <= n_players / 2; ++k) {
@@ -82,7 +83,7 @@ std::vector<SizeClass> size_classes(int64_t n_players, int64_t n_pairs, Design d
     open.swap(still_open);
   }
 
-  Stream stream(seed, 0, Domain::kRounding);
+  Stream stream(kernels, seed, 0, Domain::kRounding);
   const double uniform = stream.unit();
   double sum_before = 0.0;
   for (SizeClass* size : open) {
@@ -103,60 +104,87 @@ void add_player(int64_t* bits, int64_t player) {
   bits[player >> 6] = static_cast<int64_t>(static_cast<uint64_t>(bits[player >> 6]) | uint64_t{1} << (player & 63));
 }
 
-// Adds to `bits` the k-subset of n players that has this rank in lexicographic order; C(n, k) <= 2^31.
-void add_ranked(int64_t* bits, int64_t first_player, int64_t n, int64_t k, int64_t rank) {
-  if (k == 0) return;
-  int64_t starting_here = 1;  // C(n - 1, k - 1): subsets whose least member is the first player left
-  for (int64_t i = 1; i < k; ++i) starting_here = starting_here * (n - i) / i;
-  for (int64_t rest = n - 1, player = first_player; k > 0; ++player, --rest) {
+// C(r, j) for r < n and j < k: the subsets that begin with a player, once it is taken.
+class Binomials {
+ public:
+  Binomials(int64_t n, int64_t k) : k_(k), table_(n * k) {
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t j = 0; j < k; ++j) table_[r * k + j] = j == 0 ? 1 : r == 0 ? 0 : of(r - 1, j - 1) + of(r - 1, j);
+    }
+  }
+  int64_t of(int64_t r, int64_t j) const { return table_[r * k_ + j]; }
+
+ private:
+  int64_t k_;
+  std::vector<int64_t> table_;
+};
+
+// Adds to `bits` the k-subset of n players that has this rank in lexicographic order.
+void add_ranked(int64_t* bits, int64_t first_player, int64_t n, int64_t k, int64_t rank, const Binomials& binomials) {
+  for (int64_t rest = n - 1; k > 0; --rest) {
+    const int64_t starting_here = binomials.of(rest, k - 1);
     if (rank < starting_here) {
-      add_player(bits, player);
+      add_player(bits, first_player + n - 1 - rest);
       --k;
-      if (k > 0) starting_here = starting_here * k / rest;
     } else {
       rank -= starting_here;
-      starting_here = starting_here * (rest - (k - 1)) / rest;
     }
   }
 }
 
-// Adds k distinct members of n players by Floyd's method; `bits` holds none of them yet.
-void add_random(int64_t* bits, int64_t first_player, int64_t n, int64_t k, Stream stream) {
-  for (int64_t j = n - k; j < n; ++j) {
-    const int64_t t = first_player + static_cast<int64_t>(stream.below(j + 1));
-    const bool taken = (static_cast<uint64_t>(bits[t >> 6]) >> (t & 63)) & 1;
-    add_player(bits, taken ? first_player + j : t);
+// Calls use(j, t), t uniform in [0, j], for j = first...stop - 1.
+template <typename Use>
+void for_each_draw(Stream& stream, int64_t first, int64_t stop, Use use) {
+  for (int64_t j = first; j < stop;) {
+    const Words words = stream.take(stop - j);
+    for (int64_t i = 0; i < words.count; ++i, ++j) use(j, below(words.data[i], j + 1));
   }
 }
 
-std::vector<int64_t> random_ranks(int64_t capacity, int64_t count, Stream stream) {
+// Marks k distinct of n players by Floyd's method; none is marked yet. A byte a player and no branch: whether t is
+// taken is read and written on without waiting for what was written last.
+void mark_random(uint8_t* present /* [n] */, int64_t n, int64_t k, Stream& stream) {
+  for_each_draw(stream, n - k, n, [present](int64_t j, int64_t t) {
+    present[j] = present[t];  // t may be j, which is not marked
+    present[t] = 1;
+  });
+}
+
+std::vector<int64_t> random_ranks(int64_t capacity, int64_t count, Stream& stream) {
   std::vector<int64_t> ranks;
-  std::unordered_set<int64_t> taken;
-  for (int64_t j = capacity - count; j < capacity; ++j) {
-    const int64_t t = static_cast<int64_t>(stream.below(j + 1));
-    ranks.push_back(taken.insert(t).second ? t : j);
-    taken.insert(ranks.back());
-  }
+  ranks.reserve(count);
+  Distinct taken(count);
+  for_each_draw(stream, capacity - count, capacity, [&](int64_t j, int64_t t) {
+    for (const int64_t rank : {t, j}) {
+      const auto same = [&](int64_t other) { return ranks[other] == rank; };
+      if (!taken.add(static_cast<int64_t>(ranks.size()), mix(0, rank), same)) continue;
+      ranks.push_back(rank);
+      break;
+    }
+  });
   return ranks;
 }
 
 class Sampler {
  public:
-  Sampler(int64_t n_players, int64_t n_samples, uint64_t seed, uint64_t block, int64_t* bits, double* weights)
-      : m_(n_players),
+  Sampler(const Kernels& kernels, int64_t n_players, int64_t n_samples, uint64_t seed, uint64_t block, int64_t* bits,
+          double* weights)
+      : kernels_(kernels),
+        m_(n_players),
         words_((n_players + 63) / 64),
         n_pairs_((n_samples - 2) / 2),
         seed_(seed),
         block_(block),
         bits_(bits),
-        weights_(weights) {
+        weights_(weights),
+        present_(64 * words_) {
     std::fill(bits_, bits_ + n_samples * words_, 0);
     for (int64_t player = 0; player < m_; ++player) add_player(bits_, player);
     weights_[0] = weights_[1] = std::numeric_limits<double>::infinity();
   }
 
   void by_size(Design design) {
-    const std::vector<SizeClass> classes = size_classes(m_, n_pairs_, design, seed_);
+    const std::vector<SizeClass> classes = size_classes(kernels_, m_, n_pairs_, design, seed_);
     std::vector<double> raw;
     double total = 0.0;
     for (const SizeClass& size : classes) {
@@ -181,9 +209,12 @@ class Sampler {
     std::vector<int64_t> order(m_);
     int64_t pair = 0;
     for (int64_t chain = 0; pair < n_pairs_; ++chain) {
-      Stream stream(seed_, block_, Domain::kChains, static_cast<uint32_t>(chain));
+      Stream stream(kernels_, seed_, block_, Domain::kChains, static_cast<uint32_t>(chain));
       std::iota(order.begin(), order.end(), 0);
-      for (int64_t i = m_ - 1; i > 0; --i) std::swap(order[i], order[stream.below(i + 1)]);
+      for (int64_t i = m_ - 1; i > 0;) {
+        const Words words = stream.take(i);
+        for (int64_t w = 0; w < words.count; ++w, --i) std::swap(order[i], order[below(words.data[w], i + 1)]);
+      }
       for (const int64_t size : sizes) {
         for (int64_t i = 0; i < size; ++i) add_player(row(pair), order[i]);
         finish_pair(pair++, 1.0);
@@ -202,25 +233,33 @@ class Sampler {
     const bool ranked = complete || size.capacity <= kRanked;
     std::vector<int64_t> ranks;
     if (ranked && !complete) {
-      const Stream stream(seed_, block_, Domain::kRanks, static_cast<uint32_t>(size.k));
+      Stream stream(kernels_, seed_, block_, Domain::kRanks, static_cast<uint32_t>(size.k));
       ranks = random_ranks(size.capacity, size.drawn, stream);
     }
-    std::unordered_set<std::string> seen;
+    const Binomials binomials(ranked ? n : 0, k);
+    Distinct seen(ranked ? 0 : size.drawn);
     for (int64_t i = 0; i < size.drawn; ++i) {
       int64_t* bits = row(first_pair + i);
-      if (fixed) add_player(bits, 0);
       if (ranked) {
-        add_ranked(bits, fixed, n, k, complete ? i : ranks[i]);
+        if (fixed) add_player(bits, 0);
+        add_ranked(bits, fixed, n, k, complete ? i : ranks[i], binomials);
         continue;
       }
-      const uint32_t pair = static_cast<uint32_t>(first_pair + i);
-      for (uint32_t attempt = 0;; ++attempt) {
-        add_random(bits, fixed, n, k, Stream(seed_, block_, Domain::kSubsets, pair, attempt));
-        if (seen.emplace(reinterpret_cast<const char*>(bits), words_ * sizeof(int64_t)).second) break;
-        std::fill(bits, bits + words_, 0);
-        if (fixed) add_player(bits, 0);
-      }
+      const auto same = [&](int64_t other) { return std::equal(bits, bits + words_, row(other)); };
+      uint32_t attempt = 0;
+      do {
+        draw_row(bits, fixed, n, k, static_cast<uint32_t>(first_pair + i), attempt++);
+      } while (!seen.add(first_pair + i, std::accumulate(bits, bits + words_, uint64_t{0}, mix), same));
     }
+  }
+
+  // Draws k of n players into a row, beside the fixed ones before them.
+  void draw_row(int64_t* bits, int64_t fixed, int64_t n, int64_t k, uint32_t pair, uint32_t attempt) {
+    std::memset(present_.data(), 0, present_.size());
+    std::memset(present_.data(), 1, fixed);
+    Stream stream(kernels_, seed_, block_, Domain::kSubsets, pair, attempt);
+    mark_random(present_.data() + fixed, n, k, stream);
+    kernels_.pack_bits(bits, present_.data(), 1, 64 * words_);
   }
 
   void finish_pair(int64_t pair, double weight) {
@@ -229,23 +268,25 @@ class Sampler {
     weights_[2 + 2 * pair] = weights_[3 + 2 * pair] = weight;
   }
 
+  const Kernels& kernels_;
   int64_t m_, words_, n_pairs_;
   uint64_t seed_, block_;
   int64_t* bits_;
   double* weights_;
+  std::vector<uint8_t> present_;  // [64 W], players of one row
 };
 
 }  // namespace
 
-const char* sample_coalitions(int64_t n_players, int64_t n_samples, Design design, uint64_t seed, uint64_t block,
-                              int64_t* bits, double* weights) {
+const char* sample_coalitions(const Kernels& kernels, int64_t n_players, int64_t n_samples, Design design,
+                              uint64_t seed, uint64_t block, int64_t* bits, double* weights) {
   if (n_players < 1 || n_players > kMaxPlayers) return "sample_coalitions: n_players must be between 1 and 4096";
   const bool all = n_players < 63 && n_samples == int64_t{1} << n_players;
   const bool too_many = n_players < 63 && n_samples > int64_t{1} << n_players;
   if (n_samples % 2 != 0 || n_samples < (n_players == 1 ? 2 : 4) || too_many) {
     return "sample_coalitions: n_samples must be the even row count that design_size gives";
   }
-  Sampler sampler(n_players, n_samples, seed, block, bits, weights);
+  Sampler sampler(kernels, n_players, n_samples, seed, block, bits, weights);
   if (n_players == 1) return nullptr;
   if (design == Design::kChain && !all) {
     const int64_t pairs = (n_samples - 2) / 2, steps = n_players - 1;

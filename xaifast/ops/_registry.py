@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
+import torch._C._functorch as functorch
+from torch import Tensor
 
 from xaifast import _native
 
@@ -16,6 +18,7 @@ BACKENDS = ("auto", "native", "triton", "reference")
 
 _log = logging.getLogger("xaifast")
 _library = torch.library.Library("xaifast", "DEF")
+implementations: dict[str, Mapping[str, Callable]] = {}  # of each operator, by dispatch key
 
 
 def register(schema: str, impls: Mapping[str, Callable], fake: Callable | None = None) -> torch._ops.OpOverload:
@@ -26,6 +29,7 @@ def register(schema: str, impls: Mapping[str, Callable], fake: Callable | None =
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+    implementations[name] = impls
     for key, function in impls.items():
         _library.impl(name, function, key)
     if fake is not None:
@@ -68,3 +72,23 @@ def _native_module(op: str, load: Callable[[], ModuleType | None], name: str) ->
     if module is None:
         refuse(op, "native", _native.why_missing()[name])
     return module
+
+
+def tracing() -> bool:
+    """Whether data must not be read: code is being compiled or traced, or a torch.func transform is active."""
+    return (
+        torch.compiler.is_compiling()
+        or functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def undisturbed(*tensors: Tensor) -> bool:
+    """Whether a CPU kernel may read these tensors without the dispatcher: nothing is differentiated, traced,
+    transformed or overridden, and memory holds the values."""
+    if tracing() or torch._C._get_tracing_state() is not None or torch._C._len_torch_function_stack() > 0:
+        return False
+    for t in tensors:
+        if type(t) is not Tensor or not t.is_cpu or t.is_neg() or t._is_zerotensor():
+            return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Literal
 
@@ -99,11 +100,13 @@ def pack_coalitions(present: Tensor) -> Tensor:
         raise TypeError(f"xaifast.pack_coalitions: present must be a bool tensor, got {present.dtype}; call .bool()")
     if present.dim() == 0:
         raise ValueError("xaifast.pack_coalitions: present must have shape [..., M], got a scalar")
-    n_players = present.shape[-1]
-    n_words = -(-n_players // 64)
-    padded = torch.nn.functional.pad(present, (0, 64 * n_words - n_players))
-    shifts = torch.arange(64, device=present.device)
-    return (padded.unflatten(-1, (n_words, 64)).long() << shifts).sum(-1)
+    native = _registry.native_cpu("pack_coalitions") if _registry.undisturbed(present) else None
+    if native is None:
+        return reference.pack_coalitions(present)
+    present, n_players = present.contiguous(), present.shape[-1]
+    bits = present.new_empty(*present.shape[:-1], -(-n_players // 64), dtype=torch.int64)
+    native.pack_bits(bits.data_ptr(), present.data_ptr(), math.prod(present.shape[:-1]), n_players)
+    return bits
 
 
 def unpack_coalitions(bits: Tensor, n_players: int) -> Tensor:
@@ -116,8 +119,13 @@ def unpack_coalitions(bits: Tensor, n_players: int) -> Tensor:
             f"xaifast.unpack_coalitions: bits must have shape [..., {n_words}] for {n_players} players, "
             f"got {list(bits.shape)}"
         )
-    shifts = torch.arange(64, device=bits.device)
-    return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :n_players].bool()
+    native = _registry.native_cpu("unpack_coalitions") if _registry.undisturbed(bits) else None
+    if native is None:
+        return reference.unpack_coalitions(bits, n_players)
+    bits = bits.contiguous()
+    present = bits.new_empty(*bits.shape[:-1], n_players, dtype=torch.bool)
+    native.unpack_bits(present.data_ptr(), bits.data_ptr(), math.prod(bits.shape[:-1]), n_players)
+    return present
 
 
 def _integer(name: str, value: int) -> int:

@@ -74,7 +74,7 @@ def mask_inputs(
     bits = packed_coalitions("mask_inputs", coalitions, plan.n_players, inputs.shape[0], inputs.device)
     leading = (inputs.shape[0], bits.shape[-2]) + ((plan.n_background,) if background is not None else ())
     if out is None:
-        return plan.rows(bits).unflatten(0, leading)
+        return plan.all_rows(bits, leading)
     if out.shape != leading + plan.shape:
         raise ValueError(f"xaifast.mask_inputs: out must have shape {[*leading, *plan.shape]}, got {list(out.shape)}")
     try:

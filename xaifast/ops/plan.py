@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._C._functorch as functorch
 from torch import Tensor
 
-from xaifast.ops.select import select_rows, select_rows_out
+from xaifast.ops._registry import tracing, undisturbed
+from xaifast.ops.select import select_rows, select_rows_cpu, select_rows_out
+
+_FEW = 4096  # elements of a row up to which what depends on its shape alone is made once
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,27 @@ class SelectPlan:
                 f"xaifast.SelectPlan.rows: bits must hold the {self.n_players} players of the feature mask, got "
                 f"{bits.shape[-1]} words of 64 players; pack coalitions over all players"
             )
-        args = (self.x, bits, self.index, self.baseline, self.rep, self.unit, start, stop)
         if out is None:
-            return self._logical(select_rows(*args), start, stop)
-        select_rows_out(*args, self._physical(out, start, stop))
+            return self._logical(self._select(bits, start, stop), ((stop - start) * self.n_background,))
+        flat = self._physical(out, start, stop)
+        select_rows_out(self.x, bits, self.index, self.baseline, self.rep, self.unit, start, stop, flat)
         return out
 
-    def _logical(self, flat: Tensor, start: int, stop: int) -> Tensor:
-        n_rows = (stop - start) * self.n_background
+    def all_rows(self, bits: Tensor, leading: tuple[int, ...]) -> Tensor:
+        """The rows of all units, in the shape ``[*leading, *feat]``; `bits` hold the players."""
+        return self._logical(self._select(bits, 0, self.x.shape[0] * bits.shape[-2]), leading)
+
+    def _select(self, bits: Tensor, start: int, stop: int) -> Tensor:
+        x, index, baseline = self.x, self.index, self.baseline
+        # The dispatcher costs as much as the rest of a small call; a profile shall show the operator.
+        direct = undisturbed(x, bits, index, baseline) and not torch.autograd._profiler_enabled()
+        return (select_rows_cpu if direct else select_rows)(x, bits, index, baseline, self.rep, self.unit, start, stop)
+
+    def _logical(self, flat: Tensor, leading: tuple[int, ...]) -> Tensor:
         if self.memory_format is torch.channels_last:
             channels, height, width = self.shape
-            return flat.view(n_rows, height, width, channels).permute(0, 3, 1, 2)
-        return flat.view(n_rows, *self.shape)
+            return flat.view(*leading, height, width, channels).movedim(-1, -3)
+        return flat.view(*leading, *self.shape)
 
     def _physical(self, out: Tensor, start: int, stop: int) -> Tensor:
         n_rows = (stop - start) * self.n_background
@@ -113,15 +125,6 @@ def plan_selection(
     return _plan(inputs, feature_mask, baselines, background, mean, std, dtype, memory_format, not tracing())
 
 
-def tracing() -> bool:
-    """Whether data must not be read: code is being compiled or traced, or a torch.func transform is active."""
-    return (
-        torch.compiler.is_compiling()
-        or functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _plan(inputs, feature_mask, baselines, background, mean, std, dtype, memory_format, read: bool) -> SelectPlan:
     """Body of `plan_selection`; `read` says whether the player map's data may be looked at."""
     if not isinstance(inputs, Tensor):
@@ -142,11 +145,28 @@ def _plan(inputs, feature_mask, baselines, background, mean, std, dtype, memory_
             "use torch.contiguous_format"
         )
     shape = inputs.shape[1:]
+    if (
+        read and feature_mask is None and background is None and mean is None and std is None and inputs.is_cpu
+        and isinstance(baselines, float) and shape.numel() <= _FEW
+    ):  # fmt: skip
+        x = _flat(inputs if dtype is None else inputs.to(dtype), last)
+        made = _plan_of_shape(shape, inputs.dtype, baselines, math.copysign(1.0, baselines), dtype, memory_format)
+        return SelectPlan(x, made.baseline, made.index, 1, 1, shape, memory_format, made.n_players)
+    return _prepare(inputs, feature_mask, baselines, background, mean, std, dtype, memory_format, read)
+
+
+@functools.lru_cache(16)
+def _plan_of_shape(shape, input_dtype, value, sign, dtype, memory_format) -> SelectPlan:
+    """The plan of any one input, for its baseline and player map, which nothing writes to. Zeros differ by `sign`."""
+    with torch.inference_mode(False):
+        inputs = torch.empty((1, *shape), dtype=input_dtype, device="cpu")
+        return _prepare(inputs, None, value, None, None, None, dtype, memory_format, True)
+
+
+def _prepare(inputs, feature_mask, baselines, background, mean, std, dtype, memory_format, read: bool) -> SelectPlan:
+    shape, last = inputs.shape[1:], memory_format is torch.channels_last
     rows = _baseline_rows(inputs, baselines, background)
-    x, rows = (_normalised(t, mean, std, dtype) for t in (inputs, rows))
-    if last:
-        x, rows = x.permute(0, 2, 3, 1), rows.permute(0, 2, 3, 1)
-    x, rows = (t.reshape(t.shape[0], shape.numel()).contiguous() for t in (x, rows))
+    x, rows = _flat(_normalised(inputs, mean, std, dtype), last), _flat(_normalised(rows, mean, std, dtype), last)
     if background is None and rows.shape[0] != 1:
         rows = rows[:, None]  # [B, 1, F]
     index, rep, unit = _player_index(inputs, feature_mask, last, read)
@@ -231,6 +251,15 @@ def _normalised(t: Tensor, mean, std, dtype: torch.dtype | None) -> Tensor:
     return t if dtype is None else t.to(dtype)
 
 
+def _flat(t: Tensor, last: bool) -> Tensor:
+    """Rows in their physical order, ``[B, F]``."""
+    if last:
+        t = t.permute(0, 2, 3, 1)
+    if t.dim() != 2:
+        t = t.reshape(t.shape[0], t.shape[1:].numel())
+    return t.contiguous()
+
+
 def _per_channel(value: float | Sequence[float] | Tensor, t: Tensor, name: str) -> Tensor:
     value = torch.as_tensor(value, device=t.device).to(t.dtype if t.is_floating_point() else torch.float32)
     if value.numel() == 1:
@@ -248,7 +277,7 @@ def _player_index(inputs: Tensor, feature_mask: Tensor | None, last: bool, read:
     out."""
     shape = list(inputs.shape[1:])
     if feature_mask is None:
-        index = torch.arange(math.prod(shape), dtype=torch.int32)
+        index = torch.arange(math.prod(shape), dtype=torch.int32, device="cpu")
         return (index.reshape(shape).permute(1, 2, 0).reshape(-1) if last else index), 1, 1
     if feature_mask.is_floating_point() or feature_mask.is_complex() or feature_mask.dtype == torch.bool:
         raise TypeError(

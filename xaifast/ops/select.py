@@ -15,21 +15,21 @@ from xaifast.reference import masking as reference
 
 def _check(x, bits, index, baseline, rep, unit, start, stop) -> None:
     """Refuse arguments with which a kernel would read or write out of bounds."""
+    of_bits, of_index, of_baseline = bits.shape, index.shape, baseline.shape
     if not (
         x.dim() == 2
-        and bits.dim() in (2, 3)
-        and index.dim() in (1, 2)
-        and baseline.dim() in (2, 3)
+        and len(of_bits) in (2, 3)
+        and len(of_index) in (1, 2)
+        and len(of_baseline) in (2, 3)
         and baseline.dtype == x.dtype
         and bits.dtype == torch.int64
         and index.dtype == torch.int32
-        and x.shape[1] == baseline.shape[-1]
-        and x.shape[1] == rep * index.shape[-1] * unit
-        and (bits.dim() == 2 or bits.shape[0] == x.shape[0])
-        and (index.dim() == 1 or index.shape[0] == x.shape[0])
-        and (baseline.dim() == 2 or baseline.shape[0] == x.shape[0])
+        and x.shape[1] == of_baseline[-1] == rep * of_index[-1] * unit
+        and (len(of_bits) == 2 or of_bits[0] == x.shape[0])
+        and (len(of_index) == 1 or of_index[0] == x.shape[0])
+        and (len(of_baseline) == 2 or of_baseline[0] == x.shape[0])
         and x.device == bits.device == index.device == baseline.device
-        and 0 <= start <= stop <= x.shape[0] * bits.shape[-2]
+        and 0 <= start <= stop <= x.shape[0] * of_bits[-2]
     ):
         raise ValueError(
             "xaifast.select_rows: must be given x [B, F], int64 bits [N, W] or [B, N, W], int32 index [P] or [B, P], "
@@ -157,9 +157,10 @@ def _backward(ctx, grad):
 
 
 _ARGUMENTS = "Tensor x, Tensor bits, Tensor index, Tensor baseline, SymInt rep, SymInt unit, SymInt start, SymInt stop"
+select_rows_cpu = _allocating(_write_cpu)
 select_rows = _registry.register(
     f"select_rows({_ARGUMENTS}) -> Tensor",
-    {"CPU": _allocating(_write_cpu), "CUDA": _allocating(_write_cuda)},
+    {"CPU": select_rows_cpu, "CUDA": _allocating(_write_cuda)},
     _allocating(lambda *args: None),
 )
 select_rows_out = _registry.register(

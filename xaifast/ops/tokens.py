@@ -56,7 +56,8 @@ def compact_tokens(
             integers).
 
     Differentiable with respect to tokens; deterministic; cost: one write of the result.
-    `torch.ops.xaifast.compact_rows` is the form for ranges of units (coalition u % N of input u // N).
+    `torch.ops.xaifast.compact_rows` is the form for ranges of units (coalition u % N of input u // N), and
+    `compact_rows_out` writes them into a given buffer that shares no memory with the arguments; not differentiable.
     """
     _check_tokens("compact_tokens", tokens, token_players)
     if length < 0:
@@ -104,9 +105,13 @@ def _check(x, bits, index, length, start, stop) -> None:
         )
 
 
-def _fake(x, bits, index, length, start, stop):
-    _check(x, bits, index, length, start, stop)
-    return x.new_empty(stop - start, length, x.shape[2])
+def _check_out(out, x, length, start, stop) -> None:
+    shape = (stop - start, length, x.shape[2])
+    if out.shape != shape or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
+        raise ValueError(
+            f"xaifast.compact_rows_out: out must be contiguous, {x.dtype} {list(shape)} on {x.device}; got "
+            f"{describe(out)} with strides {list(out.stride())}"
+        )
 
 
 def _native_arguments(x, bits, index, length, start, stop, out) -> tuple:
@@ -128,15 +133,13 @@ def _native_arguments(x, bits, index, length, start, stop, out) -> tuple:
     )
 
 
-def _cpu(x, bits, index, length, start, stop):
-    _check(x, bits, index, length, start, stop)
+def _write_cpu(x, bits, index, length, start, stop, out) -> None:
     native = _registry.native_cpu("compact_rows")
     if native is None:
-        out = reference.compact_rows(x, bits, index, length, start, stop)
+        out.copy_(reference.compact_rows(x, bits, index, length, start, stop))
         overflow = bool((present_entries(bits, index, start, stop).sum(1) > length).any())
     else:
         x, bits, index = x.contiguous(), bits.contiguous(), index.contiguous()
-        out = x.new_empty(stop - start, length, x.shape[2])
         arguments = _native_arguments(x, bits, index, length, start, stop, out)
         overflow = native.compact_rows(*arguments, torch.get_num_threads()) > 0
     if overflow:
@@ -147,20 +150,36 @@ def _cpu(x, bits, index, length, start, stop):
             f"xaifast.compact_rows: length must be at least the number of present tokens, got length {length} for "
             f"coalition {n} of input {b}, which keeps {int(counts[unit])} tokens; raise length to {int(counts.max())}"
         )
-    return out
 
 
-def _cuda(x, bits, index, length, start, stop):
-    _check(x, bits, index, length, start, stop)
+def _write_cuda(x, bits, index, length, start, stop, out) -> None:
     native = _registry.native_cuda("compact_rows")
     if native is None:
-        return reference.compact_rows(x, bits, index, length, start, stop)
+        out.copy_(reference.compact_rows(x, bits, index, length, start, stop))
+        return
     x, bits, index = x.contiguous(), bits.contiguous(), index.contiguous()
-    out = x.new_empty(stop - start, length, x.shape[2])
     device = x.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     native.compact_rows(*_native_arguments(x, bits, index, length, start, stop, out), device, stream)
-    return out
+
+
+def _allocating(write):
+    def impl(x, bits, index, length, start, stop):
+        _check(x, bits, index, length, start, stop)
+        out = x.new_empty(stop - start, length, x.shape[2])
+        write(x, bits, index, length, start, stop, out)
+        return out
+
+    return impl
+
+
+def _filling(write):
+    def impl(x, bits, index, length, start, stop, out):
+        _check(x, bits, index, length, start, stop)
+        _check_out(out, x, length, start, stop)
+        write(x, bits, index, length, start, stop, out)
+
+    return impl
 
 
 def _setup_context(ctx, args) -> None:
@@ -181,10 +200,16 @@ def _backward(ctx, grad):
     return sum_rows(grad, source, ctx.x_shape[0] * n_tokens).reshape(ctx.x_shape), None, None, None, None, None
 
 
+_ARGUMENTS = "Tensor x, Tensor bits, Tensor index, SymInt length, SymInt start, SymInt stop"
 compact_rows = _registry.register(
-    "compact_rows(Tensor x, Tensor bits, Tensor index, SymInt length, SymInt start, SymInt stop) -> Tensor",
-    {"CPU": _cpu, "CUDA": _cuda},
-    _fake,
+    f"compact_rows({_ARGUMENTS}) -> Tensor",
+    {"CPU": _allocating(_write_cpu), "CUDA": _allocating(_write_cuda)},
+    _allocating(lambda *args: None),
+)
+compact_rows_out = _registry.register(
+    f"compact_rows_out({_ARGUMENTS}, Tensor(a!) out) -> ()",
+    {"CPU": _filling(_write_cpu), "CUDA": _filling(_write_cuda)},
+    _filling(lambda *args: None),
 )
 register_differentiable("compact_rows", reference.compact_rows, _setup_context, _backward)
 

@@ -226,3 +226,18 @@ def sample_coalitions(n_players: int, n_rows: int, design: str, seed: int, block
     padded[:, :n_players] = present
     bits = np.packbits(padded, axis=1, bitorder="little").view("<i8")  # [N, W]
     return torch.from_numpy(bits.astype(np.int64)), torch.from_numpy(weights)
+
+
+def pack_coalitions(present: Tensor) -> Tensor:
+    """Words int64 ``[..., W]`` of a BoolTensor ``[..., M]``: player i in bit ``i % 64`` of word ``i // 64``."""
+    n_players = present.shape[-1]
+    n_words = -(-n_players // 64)
+    padded = torch.nn.functional.pad(present, (0, 64 * n_words - n_players))
+    shifts = torch.arange(64, device=present.device)
+    return (padded.unflatten(-1, (n_words, 64)).long() << shifts).sum(-1)
+
+
+def unpack_coalitions(bits: Tensor, n_players: int) -> Tensor:
+    """BoolTensor ``[..., M]`` of words int64 ``[..., W]``."""
+    shifts = torch.arange(64, device=bits.device)
+    return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :n_players].bool()

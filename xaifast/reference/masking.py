@@ -67,7 +67,7 @@ def mask_inputs(
     players = feature_mask.expand(inputs.shape).long()
     present = present.expand(inputs.shape[0], *present.shape[-2:])
     if background is None:
-        background = torch.as_tensor(baselines, device=inputs.device).to(inputs.dtype).expand(inputs.shape)[:, None]
+        background = torch.as_tensor(baselines, device=inputs.device, dtype=inputs.dtype).expand(inputs.shape)[:, None]
         squeeze = True
     else:
         background, squeeze = background.to(inputs.dtype).expand(inputs.shape[0], *background.shape), False

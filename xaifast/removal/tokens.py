@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..coalitions import Coalitions
 from ..ops.plan import SelectPlan, plan_selection
-from ..ops.tokens import compact_rows
+from ..ops.tokens import compact_rows_out
 from ..players import Players
 from .base import Group, Prepared, Removal
 from .replace import empty_rows, resolve_baselines, slice_background
@@ -206,6 +207,21 @@ class PreparedSelect(_PreparedTokens):
         return replace(self, plan=slice_background(self.plan, start, stop))
 
 
+class _Memory:
+    """One buffer for rows of any length, which grows: new memory costs more than writing to it."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def rows(self, like: Tensor, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self._flat is None or self._flat.numel() < size:
+            self._flat = None  # freed before another is made
+            with torch.inference_mode(False):
+                self._flat = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._flat[:size].view(shape)
+
+
 @dataclass(frozen=True)
 class PreparedDrop(_PreparedTokens):
     """Token rows with the absent tokens left out; every group holds coalitions of one token count."""
@@ -215,6 +231,7 @@ class PreparedDrop(_PreparedTokens):
     tokens_of: Tensor  # float64 [M] or [B, M] on the CPU: how many tokens a player has
     n_prefix: int
     length: int = field(default=0)
+    memory: _Memory = field(default_factory=_Memory, repr=False, compare=False)  # of all groups
 
     @property
     def chunk_scale(self) -> float:
@@ -242,12 +259,14 @@ class PreparedDrop(_PreparedTokens):
         ]
 
     def empty(self, n_rows: int) -> tuple[Tensor, ...]:
-        """None: each group's few rows are allocated as they are made."""
+        """None: groups differ in the length of their rows and share one memory."""
         return ()
 
     def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One kernel."""
-        return (compact_rows(self.tokens, code, self.token_players, self.length, start, stop),)
+        """One kernel; valid until the next call."""
+        rows = self.memory.rows(self.tokens, stop - start, self.length, self.tokens.shape[2])
+        compact_rows_out(self.tokens, code, self.token_players, self.length, start, stop, rows)
+        return (rows,)
 
 
 @dataclass(frozen=True)
