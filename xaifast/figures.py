@@ -1,4 +1,4 @@
-"""Drawing attributions: signed maps over pictures, bars from base to full value.
+"""Drawing attributions: signed maps over pictures, bars from base to full value, curves over shares of features.
 
 Everything takes tensors or arrays and returns a ``matplotlib.figure.Figure`` that belongs to nobody: no pyplot, no
 global state, no change of backend. One colour scale serves all: orange speaks for the output, purple against it, and
@@ -231,6 +231,40 @@ def bar_figure(
         axis.set_xlabel(label if base is None else f"base value, step by step plus {label}", fontsize=8, color=_INK)
         if titles is not None:
             axis.set_title(titles[i], fontsize=9, color=_INK, loc="left", pad=14 if base is not None else 6)
+    if caption:
+        figure.suptitle(caption, fontsize=9, color=_INK)
+    return figure
+
+
+def curve_figure(
+    fractions: object,
+    curves: dict[str, tuple[object, object]],
+    *,
+    label: str = "score",
+    caption: str = "",
+) -> Figure:
+    """Curves over the share of features, the first orange, the second purple, with bands where there are some.
+
+    Args:
+        fractions: ``[N]`` in 0..1.
+        curves: Text of the legend to (``[N]``, half width of a band ``[N]`` or None; NaN draws none).
+        label: What the curves are.
+        caption: Above the figure.
+    """
+    fractions = as_array(fractions)
+    figure = _new_figure(4.8, 3.4)
+    axis = figure.subplots()
+    for (text, (values, band)), colour in zip(curves.items(), (POSITIVE, NEGATIVE), strict=False):
+        values, colour = as_array(values), tuple(c / 255 for c in colour)
+        if band is not None:
+            band = as_array(band)
+            axis.fill_between(fractions, values - band, values + band, color=colour, alpha=0.18, linewidth=0)
+        axis.plot(fractions, values, color=colour, linewidth=1.6, label=text)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of features inserted or deleted", fontsize=8, color=_INK)
+    axis.set_ylabel(label, fontsize=8, color=_INK)
+    axis.legend(fontsize=8, labelcolor=_INK, frameon=False)
+    _clean(axis)
     if caption:
         figure.suptitle(caption, fontsize=9, color=_INK)
     return figure

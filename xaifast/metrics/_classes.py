@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .agreement import check_k, iou_rows, rank_correlation_rows, squared_error_rows
+from .clean_score import check_kind, clean_score_rows
 from .segmentation import difference_rows, mean_overlap, overlap_counts
 from .stability import importance_rows, spread_rows
 
@@ -220,3 +221,27 @@ class Reproducibility(_Mean):
     def update(self, importance_runs: Tensor) -> None:
         """Add a batch, `[R, B, M]`."""
         self._add(spread_rows(importance_runs))
+
+
+class CleanScore(_Mean):
+    """`xaifast.metrics.clean_score` over a data set: the mean over inputs with a score; `undefined` counts the others.
+
+    Example:
+        >>> metric = CleanScore()
+        >>> metric.update(torch.tensor([[3.0, 0.0, -1.0], [0.0, 0.0, 0.0]]), torch.tensor([True, False, False]))
+        >>> metric.compute(), metric.undefined
+        (tensor(0.7500, dtype=torch.float64), 1)
+    """
+
+    is_differentiable = True
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+
+    def __init__(self, kind: str = "energy", **kwargs: Any) -> None:
+        check_kind(kind)
+        super().__init__(kind, **kwargs)
+        self.kind = kind
+
+    def update(self, attributions: Tensor, signal_mask: Tensor) -> None:
+        """Add a batch, `[B, ...]` and its mask."""
+        self._add(clean_score_rows(attributions, signal_mask, self.kind))

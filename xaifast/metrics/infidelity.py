@@ -52,7 +52,8 @@ def infidelity(
             N(0, 1)). ``"square"``: I = x - baseline in a random square of every channel of images ``[B, C, H, W]``, 0
             elsewhere. Or a callable as Captum's: it takes the inputs repeated ``[u, ...]`` (a tuple for tuples), where
             samples of an input follow each other, and returns the pair (I, x - I); it is called once a chunk, and what
-            is random in it may depend on the chunk size.
+            is random in it may depend on the chunk size. I of the others is what the inputs' dtype makes of it: the
+            difference, in float64, between x and the row that the model gets.
         n_samples: Perturbations of each input.
         normalise: Compare up to a factor, as Captum's ``normalize``.
         std: Standard deviation of noise, in the inputs' units.
@@ -115,6 +116,12 @@ def infidelity(
     check_one_score(evaluator)
     lost = evaluator.full - evaluator(Samples(torch.arange(n_samples, device="cpu")[:, None]))[..., 0]  # [B, N]
     predicted = dots.view_as(lost)
+    if not bool(predicted.isfinite().all()):
+        b, n = (~predicted.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"{_CALLER}: perturbations must be finite, got NaN or infinity for input {b}, perturbation {n}; check inputs, "
+            "baselines and perturb"
+        )
     if normalise:
         square = sum_rows(predicted * predicted)
         scale = sum_rows(predicted * lost) / torch.where(square > 0, square, 1)
@@ -138,6 +145,8 @@ def _check_attributions(attributions: object, inputs: tuple[Tensor, ...]) -> tup
             raise TypeError(f"{_CALLER}: inputs must be floating to be perturbed, got {x.dtype}; convert them")
         if a.device != x.device:
             raise ValueError(f"{_CALLER}: attributions must be on the inputs' device {x.device}, got {a.device}")
+        if a.layout != torch.strided or a.is_complex():
+            raise TypeError(f"{_CALLER}: attributions must be dense and real, got {a.layout} of {a.dtype}; convert them")
         if not bool(a.isfinite().all()):
             b = int((~a.isfinite()).flatten(1).any(1).nonzero()[0])
             where = "attributions" if len(given) == 1 else f"attributions[{i}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -90,9 +90,8 @@ def max_sensitivity(
 
     def explain_clean(start: int, stop: int) -> None:
         nonlocal clean
-        part = _explained(
-            explain, tuple(x[start:stop] for x in inputs), args, torch.arange(start, stop, device="cpu"), batch
-        )
+        rows = tuple(x[start:stop].clone() for x in inputs)  # explain may write to its rows
+        part = _explained(explain, rows, args, torch.arange(start, stop, device="cpu"), batch)
         if clean is None:
             clean = tuple(e.new_empty((batch, *e.shape[1:])) for e in part)
         for whole, e in zip(clean, part, strict=True):
@@ -144,14 +143,14 @@ def _check(
     for x in inputs:
         if not x.is_floating_point():
             raise TypeError(f"{_CALLER}: inputs must be floating to be perturbed, got {x.dtype}; convert them")
-    if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 < radius < math.inf:
+    if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 < radius < math.inf:
         raise ValueError(f"{_CALLER}: radius must be a positive number, got {radius!r}")
     if isinstance(n_samples, bool) or not isinstance(n_samples, Integral) or n_samples < 1:
         raise ValueError(f"{_CALLER}: n_samples must be a positive int, got {n_samples!r}")
     if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f'{_CALLER}: batch_size must be "auto" or a positive int, got {batch_size!r}')
     order = 2.0 if norm == "fro" else norm
-    if isinstance(order, bool) or not isinstance(order, int | float) or not order >= 1:
+    if isinstance(order, bool) or not isinstance(order, Real) or not order >= 1:
         raise ValueError(f'{_CALLER}: norm must be "fro" or a number of at least 1, got {norm!r}')
     return float(order)
 

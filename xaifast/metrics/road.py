@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def road(
         attributions: ``[B, H, W]``, ``[B, 1, H, W]`` or ``[B, C, H, W]`` (summed over C). Ties go by ascending flat
             index.
         target: int, LongTensor ``[B]``, ``"predicted"`` (of the clean image), or None for a model with one output.
-        percentages: Each between 0 and 100, leaving at least one pixel.
+        percentages: In percent: each between 0 and 100, removing at least one pixel and leaving one.
         order: ``"most"`` (most relevant pixels are imputed, MoRF), ``"least"`` (the exact reverse, LeRF) or
             ``"combined"``: both, scored (LeRF - MoRF) / 2.
         noise: Standard deviation in the inputs' units; the paper's 0.01 is for images in 0..1 before normalisation, so
@@ -97,7 +98,7 @@ def road(
             ``[rows, K]``.
         seed: Of the noise, 0..2**63-1; a pixel's noise is the same at every percentage.
         first_index: Data-set index of the first image, so that batches of a data set differ in their noise.
-        nan: ``"raise"``, or ``"last"``: pixels with NaN attributions come after all others.
+        nan: ``"raise"``, or ``"last"``: pixels with NaN attributions count as the least relevant.
         additional_forward_args: Passed on after the images; tensors with leading B go with their image.
         batch_size: Model rows a call, or ``"auto"``.
         show_progress: Draw a progress bar with rate and time left.
@@ -134,7 +135,7 @@ def road(
         )
     if order not in ("most", "least", "combined"):
         raise ValueError(f'{_CALLER}: order must be "most", "least" or "combined", got {order!r}')
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+    if isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= noise < math.inf:
         raise ValueError(f"{_CALLER}: noise must be a finite number of at least 0, got {noise!r}")
     check_seed(seed, first_index, _CALLER)
     score_fn = resolve_score(score, _CALLER)
@@ -179,15 +180,20 @@ def road(
 
 def _counts(percentages: Sequence[float], n_pixels: int) -> tuple[Tensor, Tensor]:
     """Percentages float64 and numbers of pixels int64, ``[S]`` on the CPU."""
-    shares = torch.as_tensor(percentages, dtype=torch.float64, device="cpu")
+    try:
+        shares = torch.as_tensor(percentages, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        shares = torch.empty(0)
     if shares.dim() != 1 or shares.numel() == 0 or not bool(((shares > 0) & (shares < 100)).all()):
         raise ValueError(
             f"{_CALLER}: percentages must be numbers between 0 and 100, both excluded, got {percentages!r}; the clean "
             "score is result.full, and of an image without any pixel nothing can be imputed"
         )
     counts = torch.floor(shares * n_pixels / 100 + 0.5).long()
-    if int(counts.max()) >= n_pixels:
+    wrong = (counts < 1) | (counts >= n_pixels)
+    if bool(wrong.any()):
         raise ValueError(
-            f"{_CALLER}: percentages must leave at least one of the {n_pixels} pixels, got {float(shares.max()):g}"
+            f"{_CALLER}: percentages must remove at least one of the {n_pixels} pixels and leave one, got "
+            f"{float(shares[wrong][0]):g} %; shares of 1 are 100 %"
         )
     return shares, counts

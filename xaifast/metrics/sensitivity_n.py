@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -138,6 +138,9 @@ def sensitivity_n(
     _check_subsets(n_subsets)
     score_fn = resolve_score(score, _CALLER)
     features = resolve_features(attributions, x, feature_mask, _CALLER)
+    if not bool(features.scores.isfinite().all()):
+        b = int((~features.scores.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"{_CALLER}: attributions must be finite to be summed, got infinity for input {b}; repair them")
     n_features = features.n_features
     sizes = _resolve_sizes(sizes, n_features)
     first = [_DRAWS + (first_index + b + 1) * _PER_INPUT for b in range(len(x))] if design == "per_input" else [_DRAWS]
@@ -190,7 +193,8 @@ def _resolve_sizes(sizes: Sequence[int] | None, n_features: int) -> list[int]:
     if sizes is None:
         largest = max(1, int(0.8 * n_features))
         return np.unique(np.geomspace(1, largest, 12).round().astype(int)).tolist()
-    given = [*sizes]
+    given = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    given = [*given] if isinstance(given, Iterable) else [None]
     whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in given)
     if not given or not whole or not all(1 <= n < n_features for n in given):
         raise ValueError(
@@ -213,8 +217,9 @@ def _sums(scores: Tensor, ranks: Tensor, sizes: list[int]) -> Tensor:
     ends = torch.tensor(sizes, device=scores.device) - 1
     sums = []
     for b, row in enumerate(scores.double()):
-        order = places(ranks[b if len(ranks) > 1 else 0].to(scores.device).long())  # [N, M]
-        sums.append(row[order.long()].cumsum(1)[:, ends])
+        if b < len(ranks):
+            order = places(ranks[b].to(scores.device).long()).long()  # [N, M]
+        sums.append(row[order].cumsum(1)[:, ends])
     return torch.stack(sums)
 
 
