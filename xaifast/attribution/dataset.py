@@ -29,6 +29,7 @@ class Batch:
         labels: LongTensor of all inputs of the chunk, -1 unknown.
         segments: LongTensor ``[b, H, W]``, superpixels of each input, or None where all share a mask.
         skipped: Reason by data-set index.
+        masks: float32 ``[b, H, W]``, 1 object, 0 background, NaN neither, or None where nobody asked.
     """
 
     start: int
@@ -38,6 +39,7 @@ class Batch:
     labels: Tensor
     segments: Tensor | None = None
     skipped: dict[int, str] = field(default_factory=dict)
+    masks: Tensor | None = None
 
 
 def chunk_size(n_samples: int, n_rows: int, row_flop: float, n_outputs: int) -> int:

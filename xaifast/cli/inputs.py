@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attribution.dataset import Batch
 from ..data import DataSource
+from ..data.segmentations import IGNORED, OBJECT, Segmentations
 from ..models import LoadedModel
 
 
@@ -23,6 +24,8 @@ class InputLoader:
         mean, std: Per channel, of the default preprocessing.
         segments: Superpixels wanted of each image, or None.
         skip: Whether inputs that cannot be read are left out; else they raise.
+        segmentations: Loaded with the images and resized and cropped as they are. An image whose mask is missing or
+            cannot be read has one of NaN, or raises unless ``skip``.
     """
 
     def __init__(
@@ -35,10 +38,12 @@ class InputLoader:
         std: Sequence[float] | None = None,
         segments: int | None = None,
         skip: bool = False,
+        segmentations: Segmentations | None = None,
     ) -> None:
-        self.data, self._segments, self._skip = data, segments, skip
+        self.data, self._segments, self._skip, self._segmentations = data, segments, skip, segmentations
         self._mean, self._std = mean, std
         self._preprocess: Callable[[list[object]], Tensor] = torch.stack
+        self._preprocess_masks: Callable[[list[np.ndarray]], Tensor] | None = _stack_masks
         self.preprocessing: dict | None = None
         if data.kind == "images" and model.preprocess is not None:
             if image_size or mean or std:
@@ -47,15 +52,22 @@ class InputLoader:
                     f"own, and {model.spec} has one; leave them out"
                 )
             self._preprocess, self.preprocessing = model.preprocess, model.preprocessing
+            self._preprocess_masks = model.preprocess_masks
             self._mean, self._std = model.preprocessing.get("image_mean"), model.preprocessing.get("image_std")
         elif data.kind == "images":
             size = image_size or model.input_size
             self._preprocess = lambda items: scale_images(items, size, mean, std)
+            self._preprocess_masks = lambda masks: _stack_masks(masks, size)
             self.preprocessing = {"image_size": size, "image_mean": mean, "image_std": std}
         elif image_size or mean or std:
             raise ValueError(
                 f"xaifast: --image-size, --mean and --std are for images, and {data.spec} holds model inputs; "
                 "leave them out"
+            )
+        if segmentations is not None and self._preprocess_masks is None:
+            raise ValueError(
+                f"xaifast: masks must be resized and cropped as images are, but {model.spec} does not say how; give "
+                "the model an attribute preprocess_masks (docs/evaluate.md)"
             )
 
     def __call__(self, start: int, stop: int) -> Batch:
@@ -64,13 +76,13 @@ class InputLoader:
         Raises:
             ValueError: an input cannot be read and is not to be skipped; names it.
         """
-        batch = self._read(start, stop)
+        batch = self._read(start, stop, masks=True)
         if self._segments is not None:
             found = [superpixels(x, self._segments) for x in batch.inputs]
             batch.segments = torch.stack(found) if found else torch.empty(0)
         return batch
 
-    def _read(self, start: int, stop: int) -> Batch:
+    def _read(self, start: int, stop: int, *, masks: bool = False) -> Batch:
         loaded = self.data.load(range(start, stop))
         if loaded.failures and not self._skip:
             position, reason = next(iter(sorted(loaded.failures.items())))
@@ -78,10 +90,29 @@ class InputLoader:
                 f"xaifast: cannot read {loaded.names[position]}: {reason}; repair or remove it, or pass --on-error skip"
             )
         kept = [i for i in range(stop - start) if i not in loaded.failures]
-        inputs = self._preprocess([loaded.items[i] for i in kept]) if kept else torch.empty(0)
+        items = [loaded.items[i] for i in kept]
+        inputs = self._preprocess(items) if kept else torch.empty(0)
+        found = self._masks(items, inputs, [loaded.names[i] for i in kept]) if masks and self._segmentations else None
         labels = loaded.labels if loaded.labels is not None else torch.full((stop - start,), -1)
         skipped = {start + i: reason for i, reason in loaded.failures.items()}
-        return Batch(start, inputs, kept, loaded.names, labels, skipped=skipped)
+        return Batch(start, inputs, kept, loaded.names, labels, skipped=skipped, masks=found)
+
+    def _masks(self, items: list[object], inputs: Tensor, names: list[str]) -> Tensor:
+        """Masks of images as the model sees them; see `Batch`."""
+        masks = torch.full((len(items), *inputs.shape[-2:]), torch.nan)
+        for i, (item, name) in enumerate(zip(items, names, strict=True)):
+            try:
+                codes = self._segmentations.load(name, _size_of(item))
+            except ValueError as error:
+                if self._skip:
+                    continue
+                raise ValueError(
+                    f"xaifast: {error}; mend or add it, or pass --on-error skip to leave the image out of what is "
+                    "compared with masks"
+                ) from None
+            made = self._preprocess_masks([codes])[0]
+            masks[i] = torch.where(made == IGNORED, torch.nan, (made == OBJECT).float())
+        return masks
 
     def first(self, n: int) -> Tensor:
         """The first ``n`` readable inputs, ``[<= n, ...]``.
@@ -150,6 +181,24 @@ def scale_images(
     if std is not None:
         pixels = pixels / torch.tensor(std).view(-1, 1, 1)
     return pixels.contiguous()
+
+
+def _size_of(item: object) -> tuple[int, int]:
+    """H, W of a PIL image, of an array ``[H, W(, 3)]`` or of a model input ``[C, H, W]``."""
+    if isinstance(item, Tensor):
+        return tuple(item.shape[-2:])
+    return item.shape[:2] if isinstance(item, np.ndarray) else item.size[::-1]
+
+
+def _stack_masks(masks: list[np.ndarray], size: tuple[int, int] | None = None) -> Tensor:
+    """uint8 ``[b, H, W]``, scaled to H, W where given: each pixel takes the nearest value."""
+    from PIL import Image
+
+    if size is not None:
+        masks = [
+            np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)) for mask in masks
+        ]
+    return torch.from_numpy(np.stack(masks))
 
 
 def superpixels(x: Tensor, n_segments: int) -> Tensor:

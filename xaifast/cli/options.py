@@ -92,6 +92,11 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--label", metavar="COLUMN", help="column of a table with the classes")
     reading.add_argument("--drop", type=_names, metavar="A,B,...", help="columns of a table to leave out")
 
+    add_machine_options(parser)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Where a job runs."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     machine.add_argument("--autocast", choices=list(AUTOCAST), default="none")

@@ -22,22 +22,31 @@ EXTENSIONS = frozenset(f".{name}" for name in _NAMES)
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")  # none that starts a program
 
 
-def decode_image(file: BinaryIO) -> Image.Image:
-    """An RGB image of 8 bits a channel: turned as its EXIF orientation says, transparency dropped, 16 bits scaled.
+def read_image(file: BinaryIO) -> Image.Image:
+    """An image as it is stored, turned as its EXIF orientation says.
 
     Raises:
-        ValueError: no image, a broken one, or one whose range of values is unknown.
+        ValueError: no image, or a broken one.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file, formats=[name for name in _FORMATS if _can_read(name)]) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError("not an image in a format that is read here") from None
     except (OSError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def decode_image(file: BinaryIO) -> Image.Image:
+    """An RGB image of 8 bits a channel: turned as its EXIF orientation says, transparency dropped, 16 bits scaled.
+
+    Raises:
+        ValueError: no image, a broken one, or one whose range of values is unknown.
+    """
+    image = read_image(file)
     if image.mode.startswith("I") or image.mode == "F":
         return _scale(image).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -104,7 +113,7 @@ class ImageFolder(DataSource):
     def __init__(self, spec: str, directory: Path) -> None:
         require("PIL", "data", "xaifast.open_data")
         self.spec, self.directory = spec, directory
-        files = sorted(_files(directory, ()))  # tuples of the relative path's parts
+        files = sorted(image_files(directory, ()))  # tuples of the relative path's parts
         classes = sorted(entry.name for entry in os.scandir(directory) if _visible(entry) and entry.is_dir())
         if not files:
             raise ValueError(
@@ -142,7 +151,7 @@ def _visible(entry: os.DirEntry) -> bool:
     return not entry.name.startswith(".")
 
 
-def _files(folder: Path | str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def image_files(folder: Path | str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Relative paths, in parts, of the images below a folder. Links are followed, but not in circles."""
     real = os.path.realpath(folder)
     if real in above:
@@ -150,6 +159,6 @@ def _files(folder: Path | str, parts: tuple[str, ...], above: tuple[str, ...] = 
     with os.scandir(folder) as entries:
         for entry in filter(_visible, entries):
             if entry.is_dir():
-                yield from _files(entry.path, (*parts, entry.name), (*above, real))
+                yield from image_files(entry.path, (*parts, entry.name), (*above, real))
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 yield (*parts, entry.name)

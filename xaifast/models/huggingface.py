@@ -56,6 +56,15 @@ class Preprocessing:
         made = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last")
         return made["pixel_values"].float()
 
+    def masks(self, items: list[np.ndarray]) -> Tensor:
+        """Masks uint8 ``[H, W]`` resized and cropped as images are, each pixel taking the nearest value: uint8
+        ``[b, H, W]``.
+        """
+        arrays = [np.repeat(mask[..., None], len(self._mode), 2) for mask in items]
+        unmixed = {"resample": 0, "do_rescale": False, "do_normalize": False}
+        made = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last", **unmixed)
+        return made["pixel_values"][:, 0].to(torch.uint8)
+
 
 def load_huggingface(spec: str, where: str, device: torch.device) -> LoadedModel:
     """Load an image classifier and its image processor from a directory or the Hub.
@@ -88,6 +97,7 @@ def load_huggingface(spec: str, where: str, device: torch.device) -> LoadedModel
         fingerprint=hash_values({**model.state_dict(), "config": stored}),
         class_names=None if generic else class_names,
         preprocess=preprocess,
+        preprocess_masks=preprocess.masks,
         preprocessing=preprocess.description,
         input_size=preprocess.size,
         patch_size=_patch_size(vision),

@@ -31,6 +31,8 @@ class LoadedModel:
         input_size: H, W it takes.
         patch_size: Side of a vision transformer's patches.
         feature_names: Of a table it takes, in order.
+        preprocess_masks: What ``preprocess`` does to the place of pixels, for a list of uint8 masks ``[H, W]`` whose
+            values stay as they are: uint8 ``[b, H, W]``; None: unknown.
     """
 
     forward: Callable = field(repr=False)
@@ -42,6 +44,7 @@ class LoadedModel:
     input_size: tuple[int, int] | None = None
     patch_size: int | None = None
     feature_names: list[str] | None = None
+    preprocess_masks: Callable[[list[object]], Tensor] | None = None
 
 
 def load_model(spec: str, *, device: str | torch.device = "cpu") -> LoadedModel:

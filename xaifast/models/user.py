@@ -41,8 +41,8 @@ def load_user(spec: str, where: str, device: torch.device) -> LoadedModel:
 
     That is a model (``nn.Module``, estimator with ``predict_proba``, or function of one tensor), or something that
     returns one when it is called without arguments. Modules behind it are put in eval mode and moved to ``device``.
-    Attributes of the model are used where it has them: ``preprocess``, ``class_names``, ``feature_names``,
-    ``input_size``, ``patch_size`` (of estimators: ``classes_``, ``feature_names_in_``).
+    Attributes of the model are used where it has them: ``preprocess``, ``preprocess_masks``, ``class_names``,
+    ``feature_names``, ``input_size``, ``patch_size`` (of estimators: ``classes_``, ``feature_names_in_``).
 
     The fingerprint covers the source file of ``MODULE`` and the weights of the modules found behind the model; code and
     arrays that come from elsewhere are not seen.
@@ -81,6 +81,7 @@ def load_user(spec: str, where: str, device: torch.device) -> LoadedModel:
         fingerprint=hash_values(identity),
         class_names=_names(getattr(model, "class_names", getattr(model, "classes_", None)), "class_names"),
         preprocess=preprocess,
+        preprocess_masks=getattr(model, "preprocess_masks", None),
         preprocessing={"preprocess": spec} if preprocess else {},
         input_size=_size(getattr(model, "input_size", None)),
         patch_size=patch_size,

@@ -15,7 +15,13 @@ _LIMIT = 4_500_000  # bytes; pictures shrink until the file fits
 _SIDES = (224, 160, 112, 72)
 
 
-def write_report(run: Run, path: str | Path, *, inputs: Callable[[int], object] | None = None) -> Path:
+def write_report(
+    run: Run,
+    path: str | Path,
+    *,
+    inputs: Callable[[int], object] | None = None,
+    evaluation: Run | None = None,
+) -> Path:
     """Write the report of a stored run, finished or not: one file that needs no network (extra ``report``).
 
     The same run gives the same bytes. The file stays below 5 MB whatever the number of inputs: pictures of a fixed
@@ -26,6 +32,8 @@ def write_report(run: Run, path: str | Path, *, inputs: Callable[[int], object] 
         path: The file, usually ``report.html``.
         inputs: ``inputs(index)`` is an input as people see it: a picture ``[H, W]`` or ``[H, W, 3]`` in 0..1, or a row
             of a table ``[F]``. Called only for the inputs shown. None leaves pictures out.
+        evaluation: What ``xaifast evaluate`` stored about the run, as `xaifast.open_run` returns it: curves, scores and
+            the ranking of methods become a part of the report.
 
     Returns:
         The path.
@@ -46,7 +54,7 @@ def write_report(run: Run, path: str | Path, *, inputs: Callable[[int], object] 
     )
     environment.filters |= {name: getattr(formats, name) for name in ("number", "percent", "duration", "count")}
     template = environment.get_template("report.html")
-    report = Report(run, inputs)
+    report = Report(run, inputs, evaluation)
     for side in _SIDES:
         page = template.render(report.content(side)).encode(
             errors="backslashreplace"

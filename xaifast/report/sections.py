@@ -10,6 +10,7 @@ import numpy as np
 
 from ..figures import as_array, display_image, signed_limit
 from ..run import Run
+from .evaluation import evaluation_part
 from .formats import count, flatten, number
 from .pictures import SMALL, overlay_uri, picture_uri
 from .results import Results, read_results
@@ -23,10 +24,10 @@ class Report:
 
     Args:
         run: The stored run.
-        inputs: See `xaifast.report.write_report`.
+        inputs, evaluation: See `xaifast.report.write_report`.
     """
 
-    def __init__(self, run: Run, inputs: Callable[[int], object] | None) -> None:
+    def __init__(self, run: Run, inputs: Callable[[int], object] | None, evaluation: Run | None = None) -> None:
         self.run, self.manifest, self.results = run, run.manifest, read_results(run)
         self._inputs, self._shown = inputs, {}
         mask = run.static.get("feature_mask")
@@ -36,6 +37,7 @@ class Report:
         self.class_names, self.label_names = of_model or of_data, of_data or of_model
         self.wrong = self._wrong(self.results)
         self.limit = signed_limit(self.results.values)
+        self.evaluation = evaluation_part(evaluation, self._tile_of)
 
     def content(self, side: int) -> dict:
         """All the template needs, with pictures of at most ``side`` pixels a side."""
@@ -54,6 +56,7 @@ class Report:
             "errors": self.errors(),
             "speed": self.speed(),
             "details": self.details(),
+            "evaluation": None if self.evaluation is None else self.evaluation.content(),
             "command": self.manifest.get("command") or self.manifest["settings"].get("command"),
         }
 
@@ -233,6 +236,11 @@ class Report:
     def label_name(self, k: int) -> str:
         """Of a label."""
         return str(self.label_names[k]) if k < len(self.label_names) else f"class {k}"
+
+    def _tile_of(self, index: int) -> dict | None:
+        """The tile of an input by its number in the data set; None where there is no result of it."""
+        (found,) = np.nonzero(self.results.index == index)
+        return self._tile(int(found[0])) if len(found) else None
 
     def _tile(self, i: int) -> dict:
         """One input: picture and facts; ``i`` counts in the results."""
