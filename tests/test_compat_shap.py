@@ -431,7 +431,7 @@ def test_the_adjusted_solve_is_left_out_where_it_would_take_long():
         return Regression(30, 2 * n_pairs, 0, n_background, 1e-16)._affords_adjusted(n_outputs)
 
     assert adjusted(256, 100, 2) and not adjusted(1054, 100, 2)
-    assert adjusted(30, 1, 2) and not adjusted(100, 1, 2)
+    assert adjusted(40, 1, 2) and not adjusted(100, 1, 2)
 
 
 def test_models_keep_their_torch_threads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -27,13 +28,14 @@ class Perturbations(Protocol):
 class Coalitions:
     """A design: which players are present in which evaluation.
 
-    Row 0 is the full coalition, row 1 the empty one; then come pairs of a coalition and its complement. The bits stay
-    on the CPU, where sizes and groups are decided; a GPU gets a copy (a few KB) when rows are made.
+    Row 0 is the full coalition, row 1 the empty one; then come pairs of a coalition and its complement (single
+    coalitions below ``2 M`` rows of `small_design`). The bits stay on the CPU, where sizes and groups are decided; a
+    GPU gets a copy (a few KB) when rows are made.
 
     Attributes:
         bits: int64 words ``[N, W]``, or ``[B, N, W]`` with one design an input; player i is bit ``i % 64`` of word
             ``i // 64``.
-        weights: float64 ``[N]``, infinite for the full and the empty coalition.
+        weights: float64 ``[N]`` (or ``[B, N]``), infinite for the full and the empty coalition.
         n_players: M.
     """
 
@@ -69,12 +71,10 @@ class Coalitions:
         return cls(bits, weights, n_players)
 
     @classmethod
-    def sample_each(
-        cls, n_inputs: int, n_players: int, n_samples: int, design: str, *, seed: int, block: int = 0
-    ) -> Coalitions:
-        """A design of its own for each input: same sizes and weights, other members; input b uses block + b."""
-        drawn = [cls.sample(n_players, n_samples, design, seed=seed, block=block + b) for b in range(n_inputs)]
-        return cls(torch.stack([one.bits for one in drawn]), drawn[0].weights, n_players)
+    def stack(cls, designs: Sequence[Coalitions]) -> Coalitions:
+        """One design for each input, all with as many coalitions."""
+        bits, weights = (torch.stack([getattr(one, name) for one in designs]) for name in ("bits", "weights"))
+        return cls(bits, weights, designs[0].n_players)
 
     @classmethod
     def from_present(cls, present: Tensor, weights: Tensor | None = None) -> Coalitions:

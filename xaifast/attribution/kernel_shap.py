@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ..coalitions import Coalitions
 from ..evaluate import Evaluator, as_inputs
+from ..ops.coalitions import unpack_coalitions
 from ..players import Players, resolve_players
 from ..removal import resolve_removal
 from .shapley_result import ShapleyResult
 from .shapley_solvers import Adjusted, PairedDesign, Wls, choose_estimator, solve_exact, solve_permutation
+from .small_budgets import SmallBudget, is_small, small_design
 
 _CALLER = "xaifast.kernel_shap"
-_ESTIMATORS = ("auto", "wls", "adjusted", "permutation", "exact")
+_ESTIMATORS = ("auto", "wls", "adjusted", "permutation", "exact", "small")
 _LINKS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda values: values, "logit": torch.logit}
 
 
@@ -64,8 +66,9 @@ def kernel_shap(
             ``"wls"``.
         estimator: ``"wls"`` constrained weighted least squares; ``"adjusted"`` the same pairs fitted with third-order
             terms, about half the error of ``"wls"`` at equal evaluations; ``"permutation"`` antithetic permutations,
-            best for ranking many null players; ``"exact"``; ``"auto"`` exact where affordable, else ``"adjusted"``
-            while its solve is cheap beside the evaluations, else ``"wls"``: a function of M, n and K alone.
+            best for ranking many null players; ``"exact"``; ``"small"``, with designs of its own for budgets around
+            ``2 M`` (`small_budgets`); ``"auto"`` exact where affordable, else ``"adjusted"`` while its solve is cheap
+            beside the evaluations, else ``"wls"``: a function of M, n and K alone.
         link: ``"identity"``, ``"logit"`` or an elementwise callable, applied to coalition values (after a background's
             mean).
         removal: None (replace by ``baselines``), ``"blur"``, a callable ``inputs -> baseline of the same shape``,
@@ -117,12 +120,14 @@ def kernel_shap(
     check_budget(players.n_players, n_samples, estimator)
     n_samples = int(n_samples)
     removal = resolve_removal(removal, _CALLER)
-    sampling = "chain" if estimator == "permutation" else removal.design
+    draw = functools.partial(Coalitions.sample, design="chain" if estimator == "permutation" else removal.design)
+    if estimator == "small" and n_samples < 2**players.n_players:
+        draw = small_design
     if design == "shared":
-        coalitions = Coalitions.sample(players.n_players, n_samples, sampling, seed=seed, block=block)
+        coalitions = draw(players.n_players, n_samples, seed=seed, block=block)
     else:
-        coalitions = Coalitions.sample_each(
-            inputs[0].shape[0], players.n_players, n_samples, sampling, seed=seed, block=block
+        coalitions = Coalitions.stack(
+            [draw(players.n_players, n_samples, seed=seed, block=block + b) for b in range(inputs[0].shape[0])]
         )
 
     evaluator = Evaluator(
@@ -182,12 +187,12 @@ class _Job:
     def rows(self, which: slice | Tensor) -> Coalitions:
         """Some of the design's coalitions."""
         design = self.coalitions
-        return Coalitions(design.bits[..., which, :], design.weights[which], design.n_players)
+        return Coalitions(design.bits[..., which, :], design.weights[..., which], design.n_players)
 
     def evaluate(self, which: slice | Tensor) -> Tensor:
         """Values ``[B, n, K]`` of coalitions in link space; row 0, the full coalition, is known already."""
         rest = self.rows(which)
-        rest = Coalitions(rest.bits[..., 1:, :], rest.weights[1:], rest.n_players)
+        rest = Coalitions(rest.bits[..., 1:, :], rest.weights[..., 1:], rest.n_players)
         raw = torch.cat((self.evaluator.full.unsqueeze(1), self.evaluator(rest)), dim=1)
         return self.to_link_space(raw)
 
@@ -214,15 +219,17 @@ class _Job:
             absent = None if self.players.absent is None else self.players.absent[b].numpy().tobytes()
             same.setdefault(b if coalitions.bits.dim() == 3 else absent, []).append(b)
         for members in same.values():
-            bits = coalitions.bits if coalitions.bits.dim() == 2 else coalitions.bits[members[0]]
+            bits, weights = coalitions.bits, coalitions.weights
+            if bits.dim() == 3:
+                bits, weights = bits[members[0]], weights[members[0]]
             absent = None if self.players.absent is None else self.players.absent[members[0]]
             if absent is not None and not bool(absent.any()):
                 absent = None
-            solve = self.solver(bits, coalitions, absent)
+            solve = self.solver(bits, weights, absent)
             absent = torch.zeros(coalitions.n_players, dtype=torch.bool, device="cpu") if absent is None else absent
             kept = (~absent).nonzero().squeeze(1).to(values.device)
             rows = torch.tensor(members, device=values.device)
-            if self.estimator == "adjusted":  # it keeps outputs apart, so all inputs are one call
+            if self.estimator in ("adjusted", "small"):  # they keep outputs apart, so all inputs are one call
                 columns = values[rows].transpose(0, 1).flatten(1)  # [n, inputs * K]
                 solved = [part.unflatten(1, (len(members), -1)).transpose(0, 1) for part in solve(columns)]
             else:  # an output's last bits may depend on the others of a call, so each input has a call of its own
@@ -230,9 +237,9 @@ class _Job:
             phi[rows[:, None], kept], errors[rows[:, None], kept] = solved
         return phi, errors
 
-    def solver(self, bits: Tensor, coalitions: Coalitions, absent: Tensor | None) -> Callable:
+    def solver(self, bits: Tensor, weights: Tensor, absent: Tensor | None) -> Callable:
         """``values [n, K] -> (values [M', K], std_errors [M', K])`` over the players that occur in the input."""
-        n_players, device = coalitions.n_players, self.evaluator.device
+        n_players, device = self.coalitions.n_players, self.evaluator.device
         if n_players == 1:
             return lambda values: ((values[0] - values[1])[None], torch.zeros_like(values[:1]))
         if self.estimator == "exact":
@@ -243,7 +250,12 @@ class _Job:
                 return phi, torch.zeros_like(phi)
 
             return exact
-        paired = PairedDesign.from_bits(bits.to(device), coalitions.weights.to(device), n_players)
+        output_eps = _epsilon(self.evaluator.output_dtype)
+        if self.estimator == "small":
+            present = unpack_coalitions(bits, n_players).to(device)
+            absent = None if absent is None else absent.to(device)
+            return SmallBudget(present, weights.to(device), output_eps, absent)
+        paired = PairedDesign.from_bits(bits.to(device), weights.to(device), n_players)
         if self.estimator == "permutation":
 
             def permutation(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +276,7 @@ class _Job:
             rows = present.any(1) & ~present.all(1)
             paired = PairedDesign(present[rows], paired.weights[rows])
         if self.estimator == "adjusted":
-            solve = Adjusted(paired, output_eps=_epsilon(self.evaluator.output_dtype))
+            solve = Adjusted(paired, output_eps)
         else:
             solve = Wls(paired)
         return lambda values: solve(((values[2::2] - values[3::2]) / 2)[rows], values[0] - values[1])
@@ -320,6 +332,11 @@ def check_budget(n_players: int, n_samples: int, estimator: str) -> None:
         raise ValueError(
             f'{_CALLER}: estimator="exact" needs n_samples >= 2**M = 2**{n_players}, got {n_samples}; raise it, merge '
             "players with feature_mask, or use another estimator"
+        )
+    if estimator == "small" and not (n_samples >= 2**n_players or is_small(n_players, n_samples)):
+        raise ValueError(
+            f'{_CALLER}: estimator="small" is for fewer than {max(80, 2 * n_players + 2)} samples with {n_players} '
+            f'players, got {n_samples}; use "auto"'
         )
     if n_samples < n_players:
         warnings.warn(

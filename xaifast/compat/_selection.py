@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..attribution.shapley_solvers import Adjusted, PairedDesign, Wls, choose_estimator, solve_exact
+from ..attribution.small_budgets import SmallBudget, is_small, small_design
 from ..coalitions import Coalitions
 
 # `choose_estimator` weighs a solve against a coalition of a 0.7 Mflop model. So many rows of a model of tables cost as
@@ -53,8 +54,8 @@ def kept_at_most(l1_reg: object) -> int | None:
 class Regression:
     """One design, and everything that is computed once for it; an input's bits do not depend on the others.
 
-    Of designs that could determine all values the first that does is taken: with few more coalitions than needed some
-    do not.
+    Few coalitions have designs of their own (`small_budgets`). Of larger ones that could determine all values the first
+    that does is taken: with few more coalitions than needed some do not.
 
     Args:
         n_players: M, at least 2.
@@ -67,15 +68,14 @@ class Regression:
     def __init__(self, n_players: int, nsamples: int, seed: int, n_background: int, output_eps: float) -> None:
         self.n_players, self._n_background, self._output_eps = n_players, n_background, output_eps
         self._exact = nsamples + 2 == 2**n_players
-        for block in range(_DRAWS):
-            self.coalitions = Coalitions.sample(n_players, nsamples + 2, "leverage", seed=seed, block=block)
-            if self._exact:
-                return
-            self._pairs = PairedDesign.from_bits(self.coalitions.bits, self.coalitions.weights, n_players)
-            self._wls = Wls(self._pairs)
-            if self._wls.full_rank or self._pairs.n_pairs < n_players - 1:
-                break
-        if not self._wls.full_rank:
+        self._small = None
+        if is_small(n_players, nsamples + 2):
+            self.coalitions = small_design(n_players, nsamples + 2, seed=seed)
+            self._small = SmallBudget(self.coalitions.present, self.coalitions.weights, output_eps)
+            full_rank = self._small.full_rank
+        else:
+            full_rank = self._draw(nsamples, seed)
+        if not full_rank:
             warnings.warn(
                 f"xaifast.KernelExplainer: {nsamples} coalitions do not determine the values of {n_players} features, "
                 "and the solution of least norm is taken; raise nsamples or group features",
@@ -83,17 +83,32 @@ class Regression:
                 stacklevel=4,
             )
 
+    def _draw(self, nsamples: int, seed: int) -> bool:
+        """Draw a large design; whether it determines all values."""
+        for block in range(_DRAWS):
+            self.coalitions = Coalitions.sample(self.n_players, nsamples + 2, "leverage", seed=seed, block=block)
+            if self._exact:
+                return True
+            self._pairs = PairedDesign.from_bits(self.coalitions.bits, self.coalitions.weights, self.n_players)
+            self._wls = Wls(self._pairs)
+            if self._wls.full_rank:
+                return True
+        return False
+
     def solve(self, values: np.ndarray) -> np.ndarray:
         """Shapley values float64 ``[B, M, K]`` of values ``[B, n, K]``, rows as in the design; no player left out."""
         linked = torch.from_numpy(values)
         if self._exact:
             return np.stack([solve_exact(self.coalitions.bits, one, self.n_players).numpy() for one in linked])
+        apart = values.shape[0], values.shape[2]  # inputs and outputs, which these fits keep apart: all are one call
+        if self._small is not None:
+            phi, _ = self._small(linked.transpose(0, 1).flatten(1))
+            return phi.unflatten(1, apart).transpose(0, 1).numpy()
         differences, totals = (linked[:, 2::2] - linked[:, 3::2]) / 2, linked[:, 0] - linked[:, 1]
-        if not self._affords_adjusted(values.shape[2]):
-            return np.stack([self._wls(*one)[0].numpy() for one in zip(differences, totals, strict=True)])
-        # It keeps outputs apart by itself, so all inputs are one call.
-        phi, _ = self._adjusted(differences.transpose(0, 1).flatten(1), totals.flatten())
-        return phi.unflatten(1, totals.shape).transpose(0, 1).numpy()
+        if self._affords_adjusted(values.shape[2]):
+            phi, _ = self._adjusted(differences.transpose(0, 1).flatten(1), totals.flatten())
+            return phi.unflatten(1, apart).transpose(0, 1).numpy()
+        return np.stack([self._wls(*one)[0].numpy() for one in zip(differences, totals, strict=True)])
 
     def select(self, values: np.ndarray, l1_reg: str | float) -> np.ndarray:
         """As `solve`, with effects for the chosen players only and zero for the others."""

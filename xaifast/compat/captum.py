@@ -1,7 +1,8 @@
-"""Captum's KernelShap, with its arguments and the shapes of its results, on xaifast's engine.
+"""Captum's perturbation methods, with their arguments and the shapes of their results, on xaifast's engine.
 
-Only the import changes: ``from xaifast.compat.captum import KernelShap``. Captum itself is not needed. What differs is
-listed in docs/captum.md. The interface is that of Captum 0.9, https://captum.ai/api/kernel_shap.html
+Only the import changes: ``from xaifast.compat.captum import KernelShap``, ``FeatureAblation``, ``Occlusion`` or
+``ShapleyValueSampling``. Captum itself is not needed. What differs is listed in docs/captum.md. The interfaces are
+those of Captum 0.9, https://captum.ai/api
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 from ..attribution.kernel_shap import kernel_shap
-from ..coalitions import Coalitions
+from ..attribution.small_budgets import is_small
 from ..players import resolve_players
+from ._captum_ablation import FeatureAblation, Occlusion
 from ._captum_forward import CALLER, BatchRows, Call, InputRows, find_unit
+from ._captum_sampling import ShapleyValueSampling
+
+__all__ = ["FeatureAblation", "KernelShap", "Occlusion", "ShapleyValueSampling"]
 
 _FEWEST = 4  # coalitions an estimate needs: full, empty and one pair
-_LARGE = 80  # coalitions from which hardly any design confuses two players
 
 
 class KernelShap:
@@ -97,13 +101,12 @@ class KernelShap:
         unit = find_unit(call, perturbations_per_eval)
         rows = BatchRows(call) if unit == "batch" else InputRows(call)
         masks = rows.lift(features.masks)
-        estimator, seed = _design(len(features.ids), n_samples)
         engine = dict(
             baselines=rows.lift(baselines),
             additional_forward_args=rows.owner,
             batch_size=1 if unit else int(perturbations_per_eval) if perturbations_per_eval > 1 else "auto",
-            estimator=estimator,
-            seed=seed,
+            estimator=_estimator(len(features.ids), n_samples),
+            seed=int(torch.randint(2**63 - 1, (), device="cpu")),
             show_progress=show_progress,
             allow_training_mode=True,
         )
@@ -212,28 +215,11 @@ def _check_counts(n_samples: object, perturbations_per_eval: object) -> None:
         raise ValueError(f"{CALLER}: n_samples must be at least 1, and {_FEWEST} for an estimate, got {n_samples}")
 
 
-def _design(n_players: int, n_samples: int) -> tuple[str, int]:
-    """Estimator and seed; seeds come from torch's global generator.
-
-    Captum is exact for sums of single features once samples outnumber features. From ``2 M`` samples on so is this, and
-    for sums over pairs too: below 1.2 pairs a player one antithetic permutation sees to it, above that a design that
-    tells all players apart. A small design may not; of sixteen the one that does so best is taken.
-    """
-    enough = 2 * n_players <= n_samples < 2**n_players
-    if enough and n_samples // 2 - 1 < 1.2 * n_players:
-        return "permutation", _draw_seeds(1)[0]
-    if not enough or n_samples >= _LARGE:
-        return "auto", _draw_seeds(1)[0]
-    seeds = _draw_seeds(16)
-    drawn = [Coalitions.sample(n_players, n_samples, "leverage", seed=seed).present[1:] for seed in seeds]
-    signs = 2 * torch.stack(drawn).double() - 1  # [16, n - 1, M]
-    signs[:, 0] = 1  # the constraint: all values add up to the total
-    smallest = torch.linalg.svdvals(signs)[:, -1].round(decimals=6)  # equal ones are so on every machine
-    return "auto", seeds[int(smallest.argmax())]
-
-
-def _draw_seeds(n: int) -> list[int]:
-    return torch.randint(2**63 - 1, (n,), device="cpu").tolist()
+def _estimator(n_players: int, n_samples: int) -> str:
+    """From ``2 M`` samples on sums over pairs are to be exact: below 1.2 pairs a player one permutation sees to it."""
+    if is_small(n_players, n_samples):
+        return "small"
+    return "permutation" if n_samples // 2 - 1 < 1.2 * n_players and n_samples < 2**n_players else "auto"
 
 
 def _even_split(rows: InputRows | BatchRows, masks: tuple[Tensor, ...], engine: dict) -> Tensor:
