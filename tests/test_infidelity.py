@@ -122,6 +122,30 @@ def test_own_perturbations_equal_a_loop(perturb):
         assert float(got[b]) == pytest.approx(total / 9, rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("perturb", ["gaussian", "noisy_baseline", "square"])
+def test_the_perturbation_is_the_one_the_model_sees(perturb, dtype):
+    """Rows are rounded to the inputs' dtype, which is no error of the attribution."""
+    x, weight = torch.rand(3, 2, 6, 9).to(dtype), torch.randn(2, 6, 9, dtype=torch.float64)
+    model = lambda rows: (rows.double() * weight).flatten(1).sum(1)  # noqa: E731
+    settings = dict(perturb=perturb, target=None, baselines=0.3)
+    assert float(infidelity(model, x, weight.expand_as(x), **settings).max()) < 1e-20
+
+
+def test_perturbations_may_follow_gradients():
+    x, phi = torch.rand(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    model = Recorder(8)
+
+    def adversarial(rows: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            change = 0.1 * torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0].sign()
+        return change, rows - change
+
+    expected = captum_infidelity(model, adversarial, x, phi, target=0, n_perturb_samples=2)
+    torch.testing.assert_close(infidelity(model, x, phi, perturb=adversarial, target=0, n_samples=2), expected)
+
+
 def test_squares_reach_every_place():
     x = torch.ones(1, 1, 4, 6)
     model = Recorder(24)
@@ -131,17 +155,12 @@ def test_squares_reach_every_place():
 
 
 def test_nothing_leaks_from_behind_a_square():
-    x = torch.full((1, 1, 4, 4), torch.nan)
-    got = infidelity(
-        lambda rows: torch.nan_to_num(rows).flatten(1).sum(1),
-        x, torch.zeros_like(x), perturb="square", side=4, baselines=2.0, target=None, n_samples=3,
-    )  # fmt: skip
-    assert got.isnan().all()  # the perturbation itself is not a number
-    seen = []
-    infidelity(
-        lambda rows: seen.append(rows.clone()) or rows.new_zeros(len(rows)),
-        x, torch.zeros_like(x), perturb="square", side=4, baselines=2.0, target=None, n_samples=3,
-    )  # fmt: skip
+    x, seen = torch.full((1, 1, 4, 4), torch.nan), []
+    with pytest.raises(ValueError, match="perturbations must be finite.* input 0, perturbation 0"):
+        infidelity(
+            lambda rows: seen.append(rows.clone()) or rows.new_zeros(len(rows)),
+            x, torch.zeros_like(x), perturb="square", side=4, baselines=2.0, target=None, n_samples=3,
+        )  # fmt: skip
     assert (torch.cat(seen)[1:] == 2).all()
 
 
@@ -185,6 +204,14 @@ def test_one_sample_and_dtypes():
     torch.testing.assert_close(softmax, infidelity(lambda rows: model(rows).softmax(1), x, x, target=0))
 
 
+def test_the_default_device_does_not_enter():
+    x, settings = torch.rand(2, 1, 4, 4), dict(target=0, perturb="square", n_samples=3)
+    expected = infidelity(Recorder(16), x, x, **settings)
+    model = Recorder(16)
+    with torch.device("meta"):
+        assert torch.equal(infidelity(model, x, x, **settings), expected)
+
+
 def never(x: Tensor) -> Tensor:
     raise AssertionError("the model ran")
 
@@ -215,6 +242,12 @@ def test_bad_perturbations_and_types():
     model = Recorder(3)
     with pytest.raises(TypeError, match="inputs must be floating"):
         infidelity(never, x.long(), x.long(), target=0)
+    for phi in (x.to(torch.complex64), x.to_sparse()):
+        with pytest.raises(TypeError, match="attributions must be dense and real"):
+            infidelity(never, x, phi, target=0)
+    with pytest.raises(ValueError, match="perturbations must be finite.* input 1, perturbation 0"):
+        change = torch.tensor([[0.0], [0.0], [torch.nan], [0.0]]).expand(4, 3)
+        infidelity(model, x, x, target=0, n_samples=2, perturb=lambda rows: (change, rows))
     with pytest.raises(ValueError, match="must return the pair"):
         infidelity(model, x, x, target=0, perturb=lambda rows: rows)
     with pytest.raises(ValueError, match="must return tensors of the shapes it was given"):

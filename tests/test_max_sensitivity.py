@@ -122,6 +122,19 @@ def test_results_do_not_depend_on_chunks_or_neighbours():
     assert not torch.equal(max_sensitivity(explain, x, first_index=11, **settings), whole)
 
 
+def test_explain_may_write_to_its_rows():
+    def explain(rows: Tensor) -> Tensor:
+        return rows.mul_(2).requires_grad_().detach().exp()
+
+    x = torch.rand(3, 4)
+    before = x.clone()
+    expected = max_sensitivity(lambda rows: (2 * rows).exp(), x)
+    assert torch.equal(max_sensitivity(explain, x), expected) and torch.equal(x, before)
+    with torch.inference_mode():
+        x = before.clone()
+    assert torch.equal(max_sensitivity(explain, x), expected)
+
+
 def test_dtypes():
     x = torch.rand(2, 6)
     assert max_sensitivity(saliency, x).dtype == torch.float32

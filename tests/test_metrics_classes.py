@@ -163,9 +163,11 @@ def test_batch_values_are_differentiable(name):
     assert not metric.compute().requires_grad
 
 
-@pytest.mark.parametrize("call", [lambda: metrics.IouAtK(0), lambda: metrics.IouAtK(2.0)])
+@pytest.mark.parametrize(
+    "call", [lambda: metrics.IouAtK(0), lambda: metrics.IouAtK(2.0), lambda: metrics.MacroIou(1.5)]
+)
 def test_bad_settings_are_refused_at_once(call):
-    with pytest.raises((ValueError, TypeError), match=r"xaifast\.metrics\.iou_at_k: k must be"):
+    with pytest.raises((ValueError, TypeError), match=r"xaifast\.metrics\.(iou_at_k: k|macro_iou: threshold) must be"):
         call()
 
 

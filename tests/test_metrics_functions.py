@@ -46,6 +46,21 @@ def test_e_rmse_accumulates_in_float64():
     assert float(metrics.e_rmse(torch.full((1, 3), 1e30), torch.zeros(1, 3))) == pytest.approx(1e30)  # 1e60 on the way
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_e_rmse_has_a_gradient_where_maps_are_equal(pooled):
+    ref = torch.rand(3, 4, dtype=torch.float64)
+    pred = ref.clone()
+    pred[0] += 2.0
+    pred.requires_grad_()
+    metrics.e_rmse(pred, ref, pooled=pooled).sum().backward()
+    one = 1 / math.sqrt(4 * 12) if pooled else 1 / 4  # d sqrt(mean e^2) / d e_i = e_i / (n rmse)
+    wanted = torch.tensor([[one] * 4, [0.0] * 4, [0.0] * 4], dtype=torch.float64)
+    torch.testing.assert_close(pred.grad, wanted)
+    pred = ref.clone().requires_grad_()
+    metrics.e_rmse(pred, ref, pooled=True).backward()
+    assert pred.grad.tolist() == [[0.0] * 4] * 3
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
 @pytest.mark.parametrize("k", [1, 2, 10, 11])
 def test_iou_at_k(k, dtype):
@@ -232,6 +247,22 @@ BAD = {
     "k zero": (lambda: metrics.iou_at_k(FINE, FINE, 0), ValueError, "k must be at least 1, got 0"),
     "k beyond": (lambda: metrics.iou_at_k(FINE, FINE, 5), ValueError, "k must be at most M = 4, got 5"),
     "k float": (lambda: metrics.iou_at_k(FINE, FINE, 2.0), TypeError, "k must be an int, got float"),
+    "threshold nan": (
+        lambda: metrics.macro_iou(FINE, FINE, math.nan),
+        ValueError,
+        r"threshold must be .* 0\.\.1, got nan",
+    ),
+    "threshold 256": (
+        lambda: metrics.macro_iou(FINE, FINE > 0, 256),
+        ValueError,
+        r"threshold must be .* 0\.\.1, got 256",
+    ),
+    "ignored in uint8": (
+        lambda: metrics.macro_iou(FINE, torch.full((2, 4), 255, dtype=torch.uint8), ignore_value=-1),
+        ValueError,
+        r"seg must be in 0\.\.1, got 255 at \[0, 0\]",
+    ),
+    "uint16": (lambda: metrics.rank_correlation(FINE, FINE.to(torch.uint16)), TypeError, "ref must be a dense real"),
     "k bool": (lambda: metrics.iou_at_k(FINE, FINE, True), TypeError, "k must be an int, got bool"),
     "sparsity nan": (lambda: metrics.sparsity(torch.tensor([[torch.nan]])), ValueError, r"finite, got nan at \[0, 0\]"),
     "sparsity shape": (lambda: metrics.sparsity(FINE[0]), ValueError, r"\[B, M\], got \[4\]"),

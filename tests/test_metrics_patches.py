@@ -63,6 +63,12 @@ def test_ignored_pixels_do_not_count(ignore, normalise):
     assert got.isnan().nonzero().tolist() == [[0, 1], *[[1, i] for i in range(4)]]
 
 
+def test_an_ignored_value_is_compared_as_a_number():
+    map = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    assert to_patches(map, 2, ignore=-1, normalise=False).tolist() == [[127.5]]
+    assert to_patches(map, 2, ignore=256, normalise=False).tolist() == [[127.5]]
+
+
 def test_infinity_behind_an_ignored_pixel_does_not_leak():
     map = torch.tensor([[[torch.inf, 0.5], [0.25, 0.75]]])
     assert to_patches(map, 2, ignore=torch.inf, normalise=False).tolist() == [[0.5]]
@@ -102,6 +108,8 @@ BAD = {
     "empty channels": (dict(map=MAP[:0, None]), ValueError, "must not be empty"),
     "patch zero": (dict(patch=0), ValueError, "positive int"),
     "patch float": (dict(patch=(2, 2.0)), ValueError, "positive int"),
+    "patch half": (dict(patch=2.0), ValueError, "positive int"),
+    "patch none": (dict(patch=None), ValueError, "positive int"),
     "patch of three": (dict(patch=(1, 2, 3)), ValueError, "positive int"),
     "patch text": (dict(patch="2"), ValueError, "positive int"),
     "sign unknown": (dict(sign="square"), ValueError, 'sign must be "clamp" or "abs"'),

@@ -88,6 +88,43 @@ def test_imputation_of_all_shapes(size, channels):
         torch.testing.assert_close(linear_impute(images, removed, tolerance=1e-10)[0], expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("length", [7, 500, 4001])
+def test_a_line_is_interpolated(length):
+    """Of one row the neighbours' mean is the straight line between known pixels."""
+    line = torch.rand(1, 1, 1, length, dtype=torch.float64)
+    scattered, long = removed_shares(1, 1, length, 0.5, smooth=False), torch.ones(1, 1, length, dtype=torch.bool)
+    long[..., [0, length - 2]] = False
+    for removed in (scattered, long):
+        known = (~removed[0, 0]).nonzero()[:, 0].numpy()
+        expected = torch.from_numpy(np.interp(np.arange(length), known, line[0, 0, 0].numpy()[known]))
+        for transposed in (False, True):
+            image, hole = (x.mT if transposed else x for x in (line, removed))
+            got = linear_impute(image, hole, tolerance=1e-10).flatten()
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("height", [2, 3, 8])
+def test_long_holes_of_narrow_images_converge(height):
+    image, removed = torch.rand(1, 1, height, 2000, dtype=torch.float64), torch.ones(1, height, 2000, dtype=torch.bool)
+    removed[..., 0] = removed[..., -1] = False
+    image[..., 0], image[..., -1] = 0, 1999
+    expected = torch.arange(2000.0, dtype=torch.float64).expand_as(image)
+    torch.testing.assert_close(linear_impute(image, removed, tolerance=1e-10), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_images_of_any_magnitude(scale):
+    images, removed = photographs(16, 20).float(), removed_shares(2, 16, 20, 0.7, smooth=True)
+    assert torch.equal(linear_impute(images * scale, removed), linear_impute(images, removed) * scale)
+
+
+def test_a_large_offset_costs_no_more_than_its_rounding():
+    images, removed = (photographs(40, 40) * 4096).round() / 4096, removed_shares(2, 40, 40, 0.9, smooth=True)
+    expected = linear_impute(images, removed, tolerance=1e-10)
+    moved = linear_impute((images + 100).float(), removed).double() - 100  # its bits end at 2^-17
+    torch.testing.assert_close(moved, expected, rtol=0, atol=2**-16)
+
+
 @pytest.mark.parametrize("known", [(0, 0), (12, 7), (20, 18)])
 def test_one_pixel_left_fills_the_image(known):
     removed = torch.ones(1, 21, 19, dtype=torch.bool)
@@ -285,7 +322,10 @@ class Unused(nn.Module):
     [
         (dict(percentages=(0, 50)), "percentages must be numbers between 0 and 100"),
         (dict(percentages=()), "percentages must be numbers"),
-        (dict(percentages=(99.9,)), "must leave at least one of the 16 pixels"),
+        (dict(percentages="10"), "percentages must be numbers"),
+        (dict(percentages=None), "percentages must be numbers"),
+        (dict(percentages=(50, 99.9)), "must remove at least one of the 16 pixels and leave one, got 99.9 %"),
+        (dict(percentages=(0.1, 0.9)), "must remove at least one of the 16 pixels and leave one, got 0.1 %"),
         (dict(order="random"), "order must be"),
         (dict(noise=-1), "noise must be"),
         (dict(score="margin"), "score must be"),
@@ -301,6 +341,14 @@ def test_bad_input_is_said_before_the_model_runs(changed, message):
     given = dict(forward=Unused(), inputs=torch.rand(2, 1, 4, 4), attributions=torch.rand(2, 4, 4), target=0)
     with pytest.raises(ValueError, match=message):
         metrics.road(**{**given, **changed})
+
+
+def test_pixels_without_an_attribution_are_the_least_relevant():
+    x, attributions = torch.rand(2, 1, 6, 6), torch.rand(2, 6, 6)
+    attributions[:, 2:4, 1] = torch.nan
+    by_hand = metrics.road(Recorder(36), x, attributions.nan_to_num(-1.0), target=0, order="combined")
+    result = metrics.road(Recorder(36), x, attributions, target=0, order="combined", nan="last")
+    assert torch.equal(result.most, by_hand.most) and torch.equal(result.least, by_hand.least)
 
 
 def test_targets_that_do_not_fit():

@@ -161,6 +161,8 @@ def never(x: Tensor) -> Tensor:
         (dict(sizes=(6,)), "sizes must be ints from 1 to 5"),
         (dict(sizes=(2.5,)), "sizes must be ints"),
         (dict(sizes=()), "sizes must be ints"),
+        (dict(sizes=5), "sizes must be ints"),
+        (dict(attributions=torch.tensor([[0.0] * 6, [torch.inf] + [0.0] * 5])), "finite to be summed.* input 1"),
         (dict(n_subsets=2), "n_subsets must be an int from 3"),
         (dict(design="none"), "design must be"),
         (dict(seed=-1), "seed must be"),
@@ -176,6 +178,13 @@ def test_bad_input_is_said_before_the_model_runs(changed, message):
     given = dict(forward=never, inputs=torch.rand(2, 6), attributions=torch.rand(2, 6), target=0)
     with pytest.raises(ValueError, match=message):
         sensitivity_n(**{**given, **changed})
+
+
+def test_sizes_of_a_result_are_sizes():
+    model, x, attributions = IntegerNet(20), integers(2, 20), integers(2, 20, seed=1)
+    first = sensitivity_n(model, x, attributions, target=0, n_subsets=5)
+    again = sensitivity_n(model, x, attributions, target=0, n_subsets=5, sizes=first.sizes)
+    assert torch.equal(again.sizes, first.sizes) and same(again.values, first.values)
 
 
 def test_all_outputs_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def grid_mask(size: tuple[int, int], patch: int | tuple[int, int]) -> Tensor:
                 [0, 0, 1, 1]])
     """
     height, width = size
-    patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
+    patch_h, patch_w = (patch, patch) if isinstance(patch, Integral) else patch
     if min(height, width, patch_h, patch_w) < 1:
         raise ValueError(
             f"xaifast.grid_mask: sizes must be at least 1, got size {(height, width)} and patch {(patch_h, patch_w)}; "

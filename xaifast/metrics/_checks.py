@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+
 
 def check_maps(caller: str, shape: str, **maps: Tensor) -> None:
     """Named maps are dense real tensors of one non-empty shape with the axes of `shape` ("B, M"), on one device."""
@@ -13,8 +18,11 @@ def check_maps(caller: str, shape: str, **maps: Tensor) -> None:
     for name, values in maps.items():
         if not isinstance(values, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor [{shape}], got {type(values).__name__}")
-        if values.layout != torch.strided or values.is_complex():
-            raise TypeError(f"{caller}: {name} must be a dense real tensor, got {values.layout} of {values.dtype}")
+        if values.layout != torch.strided or values.dtype not in _DTYPES:
+            raise TypeError(
+                f"{caller}: {name} must be a dense real tensor (bool, int8 to int64, uint8, float16 to float64), got "
+                f"{values.layout} of {values.dtype}; convert it"
+            )
         if values.dim() != rank:
             raise ValueError(
                 f"{caller}: {name} must have shape [{shape}], got {list(values.shape)}; "

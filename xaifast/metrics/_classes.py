@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .agreement import check_k, iou_rows, rank_correlation_rows, squared_error_rows
+from .agreement import check_k, error_rows, iou_rows, rank_correlation_rows
 from .clean_score import check_kind, clean_score_rows
-from .segmentation import difference_rows, mean_overlap, overlap_counts
+from .segmentation import check_threshold, difference_rows, mean_overlap, overlap_counts
 from .stability import importance_rows, spread_rows
 
 
@@ -74,8 +74,8 @@ class ERmse(_Mean):
 
     def update(self, pred: Tensor, ref: Tensor) -> None:
         """Add a batch, `[B, M]` each."""
-        squares = squared_error_rows(pred, ref)
-        self._add(squares.sqrt(), squares.sum() * pred.shape[1], squares.new_tensor(pred.numel()))
+        errors = error_rows(pred, ref)
+        self._add(errors, errors.square().sum() * pred.shape[1], errors.new_tensor(pred.numel()))
 
     def compute(self) -> Tensor:
         """The error over all inputs, a float64 scalar; NaN where there are none."""
@@ -170,6 +170,7 @@ class MacroIou(_Mean):
     def __init__(
         self, threshold: float = 0.5, ignore_value: float | None = None, pooled: bool = False, **kwargs: Any
     ) -> None:
+        check_threshold(threshold)
         super().__init__(threshold, ignore_value, pooled, n_pooled=4, **kwargs)
         self.threshold, self.ignore_value, self.pooled = threshold, ignore_value, pooled
 

@@ -6,6 +6,8 @@ values. The functions named `*_rows` give float64 numbers an input, which the cl
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,11 @@ from ..ops import rank_features
 from ._checks import check_finite, check_maps, result_dtype
 
 
-def squared_error_rows(pred: Tensor, ref: Tensor) -> Tensor:
-    """Mean squared difference of each input, float64 [B]."""
+def error_rows(pred: Tensor, ref: Tensor) -> Tensor:
+    """Root-mean-square error of each input, float64 [B]; its gradient is 0 where pred = ref."""
     _check("e_rmse", pred, ref)
-    return (pred.double() - ref.double()).square().mean(1)
+    difference = (pred.double() - ref.double()).contiguous()  # one order of summation
+    return torch.linalg.vector_norm(difference, dim=1) / pred.shape[1] ** 0.5
 
 
 def iou_rows(pred: Tensor, ref: Tensor, k: int) -> Tensor:
@@ -50,15 +53,17 @@ def e_rmse(pred: Tensor, ref: Tensor, *, pooled: bool = False) -> Tensor:
         TypeError: no dense real tensors.
         ValueError: shapes or devices differ, nothing in the batch, values that are not finite.
 
-    Cost: one pass. Source: E-RMSE of "Transferring visual explainability" (arXiv 2507.04380); the paper's mean over
-    images is `e_rmse(pred, ref).mean()`.
+    Differentiable. Cost: one pass. Source: E-RMSE of "Transferring visual explainability" (arXiv 2507.04380); the
+    paper's mean over images is `e_rmse(pred, ref).mean()`.
 
     Example:
         >>> e_rmse(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
         tensor([3.5355, 0.0000])
     """
-    squares = squared_error_rows(pred, ref)
-    return (squares.mean() if pooled else squares).sqrt().to(result_dtype(pred, ref))
+    errors = error_rows(pred, ref)
+    if pooled:
+        errors = torch.linalg.vector_norm(errors) / len(errors) ** 0.5
+    return errors.to(result_dtype(pred, ref))
 
 
 def iou_at_k(pred: Tensor, ref: Tensor, k: int) -> Tensor:
@@ -113,7 +118,7 @@ def rank_correlation(pred: Tensor, ref: Tensor) -> Tensor:
 
 def check_k(k: int) -> None:
     """k is an int of at least 1."""
-    if not isinstance(k, int) or isinstance(k, bool):
+    if not isinstance(k, Integral) or isinstance(k, bool):
         raise TypeError(f"xaifast.metrics.iou_at_k: k must be an int, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"xaifast.metrics.iou_at_k: k must be at least 1, got {k}")

@@ -129,7 +129,8 @@ def _as_set(mask: object, x: Tensor) -> Tensor:
     wide = mask[None] if mask.dim() == x.dim() - 1 else mask
     if wide.dim() != x.dim() or any(m not in (1, n) for m, n in zip(wide.shape, x.shape, strict=True)):
         raise ValueError(
-            f"{_CALLER}: occluded must have the shape of an input {list(x.shape[1:])} or of the inputs {list(x.shape)}, with "
+            f"{_CALLER}: occluded must have the shape of an input {list(x.shape[1:])} or of the inputs "
+            f"{list(x.shape)}, with "
             f"1 for axes it is shared along, got {list(mask.shape)}"
         )
     return wide.to(x.device).expand(x.shape)
@@ -144,7 +145,8 @@ def _as_map(mask: Tensor, phi: Tensor) -> Tensor:
         if together.shape == phi.shape:
             return together
     raise ValueError(
-        f"{_CALLER}: explain must return attributions of the rows' shape {list(mask.shape)}, or a map of images without "
+        f"{_CALLER}: explain must return attributions of the rows' shape {list(mask.shape)}, or a map of images "
+        "without "
         f"channels, got {list(phi.shape)}; spread those of players over their elements"
     )
 

@@ -84,13 +84,15 @@ def _check(attributions: object, signal_mask: object) -> Tensor:
     mask = signal_mask[None] if signal_mask.dim() == attributions.dim() - 1 else signal_mask
     if mask.dim() != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
         raise ValueError(
-            f"{_CALLER}: signal_mask must have the attributions' shape {list(shape)}, or {list(shape[1:])} for all inputs, "
+            f"{_CALLER}: signal_mask must have the attributions' shape {list(shape)}, or {list(shape[1:])} for all "
+            "inputs, "
             f"with 1 for axes it is shared along, got {list(signal_mask.shape)}; flatten both, or unsqueeze(1) a mask "
             "without channels"
         )
     if mask.device != attributions.device:
         raise ValueError(
-            f"{_CALLER}: attributions and signal_mask must be on one device, got {attributions.device} and {mask.device}; "
+            f"{_CALLER}: attributions and signal_mask must be on one device, got {attributions.device} and "
+            f"{mask.device}; "
             "move one with .to()"
         )
     check_finite(_CALLER, "attributions", attributions)

@@ -119,8 +119,8 @@ def infidelity(
     if not bool(predicted.isfinite().all()):
         b, n = (~predicted.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"{_CALLER}: perturbations must be finite, got NaN or infinity for input {b}, perturbation {n}; check inputs, "
-            "baselines and perturb"
+            f"{_CALLER}: perturbations must be finite, got NaN or infinity for input {b}, perturbation {n}; check "
+            "inputs, baselines and perturb"
         )
     if normalise:
         square = sum_rows(predicted * predicted)
@@ -146,7 +146,9 @@ def _check_attributions(attributions: object, inputs: tuple[Tensor, ...]) -> tup
         if a.device != x.device:
             raise ValueError(f"{_CALLER}: attributions must be on the inputs' device {x.device}, got {a.device}")
         if a.layout != torch.strided or a.is_complex():
-            raise TypeError(f"{_CALLER}: attributions must be dense and real, got {a.layout} of {a.dtype}; convert them")
+            raise TypeError(
+                f"{_CALLER}: attributions must be dense and real, got {a.layout} of {a.dtype}; convert them"
+            )
         if not bool(a.isfinite().all()):
             b = int((~a.isfinite()).flatten(1).any(1).nonzero()[0])
             where = "attributions" if len(given) == 1 else f"attributions[{i}]"

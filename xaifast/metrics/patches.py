@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -55,8 +56,8 @@ def to_patches(
         tensor([[0.6667, 0.0000]])
     """
     _check_map(map)
-    size = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
+    size = tuple(patch) if isinstance(patch, Iterable) else (patch, patch)
+    if len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
         raise ValueError(f"{_CALLER}: patch must be a positive int or two of them (height, width), got {patch!r}")
     if sign not in ("clamp", "abs"):
         raise ValueError(f'{_CALLER}: sign must be "clamp" or "abs", got {sign!r}')
@@ -88,4 +89,5 @@ def _kept(map: Tensor, ignore: float | None) -> Tensor:
     """Which pixels count, broadcastable to the map."""
     if ignore is None:
         return torch.ones_like(map[:1], dtype=torch.bool)
-    return ~map.isnan() if ignore != ignore else map != ignore
+    # Not in the map's own dtype: -1 is 255 in uint8.
+    return ~map.isnan() if ignore != ignore else map.double() != ignore

@@ -6,6 +6,8 @@ masks. The functions named `*_rows` and `*_counts` give float64 numbers an input
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def overlap_counts(
     importance: Tensor, seg: Tensor, threshold: float = 0.5, ignore_value: float | None = None
 ) -> Tensor:
     """Patches of each input in foreground and background, float64 [B, 2, 2]: (intersection, union), (fore, back)."""
+    check_threshold(threshold)
     kept = _kept("macro_iou", importance, seg, ignore_value)
     a, m = importance >= threshold, seg >= threshold
     sets = torch.stack([a & m, ~(a | m), a | m, ~(a & m)])  # [4, B, M]
@@ -80,7 +83,7 @@ def macro_iou(
     Args:
         importance: `[B, M]`, any real dtype, finite where the segmentation is not ignored.
         seg: `[B, M]` in 0..1, the share of each patch that is object; any real dtype. NaN: ignored.
-        threshold: for both maps, compared in their own dtypes.
+        threshold: 0 to 1, for both maps, compared in their own dtypes.
         ignore_value: a value of `seg` that is ignored too, such as 255.
         pooled: count patches over the whole batch and give one number, rather than one an input.
 
@@ -90,7 +93,8 @@ def macro_iou(
 
     Raises:
         TypeError: no dense real tensors.
-        ValueError: shapes or devices differ, nothing in the batch, `seg` outside of 0..1, `importance` not finite.
+        ValueError: shapes or devices differ, nothing in the batch, `seg` or `threshold` outside of 0..1, `importance`
+            not finite.
 
     Cost: one pass. Source: macro-averaged IoU of OpenReview qr8leFAPrd. The paper does not say how: the threshold of
     the segmentation, the mean over images and the empty union are choices of this package.
@@ -103,13 +107,19 @@ def macro_iou(
     return mean_overlap(counts.sum(0) if pooled else counts).to(result_dtype(importance, seg))
 
 
+def check_threshold(threshold: float) -> None:
+    """The threshold is a number in 0..1, where segmentations are."""
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"xaifast.metrics.macro_iou: threshold must be a number in 0..1, got {threshold!r}")
+
+
 def _kept(name: str, importance: Tensor, seg: Tensor, ignore_value: float | None) -> Tensor:
     """Check both maps; which patches count: bool [B, M]."""
     caller = f"xaifast.metrics.{name}"
     check_maps(caller, "B, M", importance=importance, seg=seg)
     kept = ~seg.isnan()
     if ignore_value is not None:
-        kept &= seg != ignore_value
+        kept &= seg.double() != ignore_value  # not in its own dtype: -1 is 255 in uint8
     outside = kept & ~((seg >= 0) & (seg <= 1))
     if bool(outside.any()):
         index = outside.nonzero()[0].tolist()

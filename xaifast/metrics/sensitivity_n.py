@@ -140,7 +140,9 @@ def sensitivity_n(
     features = resolve_features(attributions, x, feature_mask, _CALLER)
     if not bool(features.scores.isfinite().all()):
         b = int((~features.scores.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"{_CALLER}: attributions must be finite to be summed, got infinity for input {b}; repair them")
+        raise ValueError(
+            f"{_CALLER}: attributions must be finite to be summed, got infinity for input {b}; repair them"
+        )
     n_features = features.n_features
     sizes = _resolve_sizes(sizes, n_features)
     first = [_DRAWS + (first_index + b + 1) * _PER_INPUT for b in range(len(x))] if design == "per_input" else [_DRAWS]

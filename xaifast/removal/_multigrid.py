@@ -65,8 +65,8 @@ def _levels(unknown: Tensor) -> list[_Level]:
     """Grids of half the resolution each, down to 2 x 2.
 
     A coarse pixel is unknown where a fine one that it contributes to is. Edges between coarse pixels have the fine
-    grid's weights (the energy of a gradient in the plane does not depend on the scale), edges to known pixels are
-    summed, as in the Galerkin product: where few pixels are known, these decide.
+    grid's weights (the energy of a gradient in the plane does not depend on the scale; on a line it halves with it),
+    edges to known pixels are summed, as in the Galerkin product: where few pixels are known, these decide.
     """
     to_known = _neighbours(1 - unknown) * unknown
     levels = [_Level.make(unknown, to_known)]
@@ -80,19 +80,19 @@ def _levels(unknown: Tensor) -> list[_Level]:
 def _solve(images: Tensor, removed: Tensor, tolerance: float, caller: str) -> Tensor:
     levels = _levels(removed.to(images))
     fine = levels[0]
-    known = torch.where(removed, 0, images)
-    mean = _total(known) / (~removed).sum((-1, -2), keepdim=True)
-    filled = torch.where(removed, mean, images)  # the start
-    residual = fine.apply(filled).neg_()
+    mean = _total(torch.where(removed, 0, images)) / (~removed).sum((-1, -2), keepdim=True)  # the start
+    known = torch.where(removed, 0, images - mean)
+    size = known.abs().amax((-1, -2), keepdim=True)
+    size = torch.where(size > 0, size, 1)  # squares of what is solved for neither vanish nor overflow
+    residual = fine.apply(known / size).neg_()
     # No residual is known better than its terms are rounded, whose weights are 16 together.
-    floor = 16 * torch.finfo(images.dtype).eps * filled.abs().amax((-1, -2), keepdim=True)
-    goal = torch.maximum(tolerance * _total(residual * residual).sqrt(), floor)
+    goal = (tolerance * _total(residual * residual).sqrt()).clamp(min=16 * torch.finfo(images.dtype).eps)
     step = torch.zeros_like(images)
     direction = rho = None
     for _ in range(_MAX_ITERATIONS):
         going = ~(_total(residual * residual).sqrt() <= goal)  # [S, C, 1, 1]; what has converged stays as it is
         if not bool(going.any()):
-            return filled.add_(step)
+            return torch.where(removed, mean + size * step, images)
         z = _cycle(levels, residual)
         rho, rho_before = _total(residual * z), rho
         direction = z if direction is None else z.add_(torch.where(going, rho / rho_before, 0) * direction)
@@ -103,7 +103,7 @@ def _solve(images: Tensor, removed: Tensor, tolerance: float, caller: str) -> Te
     raise RuntimeError(
         f"{caller}: the interpolation of removed pixels must converge to a relative residual of {tolerance:g} within "
         f"{_MAX_ITERATIONS} iterations, but {int(going.any(1).sum())} of {len(going)} images did not; check that the "
-        "images are finite and of moderate size, or pass float64 images"
+        "images are finite, or pass float64 images"
     )
 
 
@@ -132,7 +132,8 @@ def _neighbours(x: Tensor) -> Tensor:
 
 
 def _restrict(fine: Tensor) -> Tensor:
-    """The transpose of `_interpolate`: ``[..., h, w]`` to ``[..., h // 2 + 1, w // 2 + 1]``."""
+    """The transpose of `_interpolate`: ``[..., h, w]`` to ``[..., h // 2 + 1, w // 2 + 1]``; on lines twice that."""
+    gain = 2 if min(fine.shape[-2:]) <= 2 else 1  # (A / 2) e = r is solved as A e = 2 r, see `_levels`
     for dim in (-2, -1):
         even, odd = _alternate(fine, dim)
         size = list(fine.shape)
@@ -142,7 +143,7 @@ def _restrict(fine: Tensor) -> Tensor:
         coarse.narrow(dim, 0, odd.shape[dim]).add_(half)
         coarse.narrow(dim, 1, odd.shape[dim]).add_(half)
         fine = coarse
-    return fine
+    return fine if gain == 1 else gain * fine
 
 
 def _interpolate(coarse: Tensor, size: tuple[int, int]) -> Tensor:

@@ -35,7 +35,7 @@ def linear_impute(images: Tensor, removed: Tensor, *, tolerance: float = 1e-6) -
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit; an image of which nothing is left.
-        RuntimeError: no convergence: pixels that are left are not finite or huge.
+        RuntimeError: no convergence: pixels that are left are not finite, or too little tolerance for the dtype.
 
     Cost: O(C H W) an iteration; memory of some ten images each.
 
@@ -163,10 +163,10 @@ class Imputed(Removal):
         solved = x.to(_solved_in(x))
         noise = None
         if self.noise > 0:
-            drawn = normal_units(
-                0, len(x), 1, x[0].numel(), domain=IMPUTATION, seed=self.seed, first_index=self.first_index
-            )
-            noise = (self.noise * drawn).view(x.shape).to(solved)
+            stream = dict(domain=IMPUTATION, seed=self.seed, first_index=self.first_index)
+            noise = torch.empty_like(solved, memory_format=torch.contiguous_format)
+            for b, drawn in enumerate(noise):  # in float64 of one image only
+                drawn.copy_(self.noise * normal_units(b, b + 1, 1, drawn.numel(), **stream).view(drawn.shape))
         return PreparedImputed(solved, self.ranks, noise, x.dtype, _layout(x), caller)
 
     def clean(self, players: Players | None) -> RankRanges:

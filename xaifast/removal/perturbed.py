@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -61,15 +62,15 @@ class Sampler:
         """Perturbations I and perturbed inputs x - I of rows x, ``[stop - start, ...]`` each; rows are of ``owner``."""
         if callable(self.kind):
             return self._user(rows)
-        base = tuple(b[owner] for b in self.baselines)
         if self.kind == "square":
-            inside = self._squares(start, stop, rows[0])
-            return (torch.where(inside, rows[0] - base[0], 0),), (torch.where(inside, base[0], rows[0]),)
+            base, inside = self.baselines[0][owner], self._squares(start, stop, rows[0])
+            return (torch.where(inside, _minus(rows[0], base), 0),), (torch.where(inside, base, rows[0]),)
         noise = self._noise(start, stop, rows)
         if self.kind == "gaussian":
-            return noise, tuple(x - change for x, change in zip(rows, noise, strict=True))
-        shown = tuple(b + change for b, change in zip(base, noise, strict=True))
-        return tuple(x - y for x, y in zip(rows, shown, strict=True)), shown
+            shown = tuple(x - change for x, change in zip(rows, noise, strict=True))
+        else:
+            shown = tuple(b[owner] + change for b, change in zip(self.baselines, noise, strict=True))
+        return tuple(_minus(x, y) for x, y in zip(rows, shown, strict=True)), shown
 
     def _noise(self, start: int, stop: int, rows: Tensors) -> Tensors:
         sizes = [x[0].numel() for x in rows]
@@ -88,7 +89,9 @@ class Sampler:
         return inside
 
     def _user(self, rows: Tensors) -> tuple[Tensors, Tensors]:
-        made = self.kind(rows if len(rows) > 1 else rows[0])
+        with torch.inference_mode(False), torch.no_grad():  # a perturbation may follow gradients
+            rows = tuple(x.clone() for x in rows)
+            made = self.kind(rows if len(rows) > 1 else rows[0])
         if not isinstance(made, tuple) or len(made) != 2:
             raise ValueError(
                 f"{self.caller}: perturb must return the pair (perturbation, perturbed inputs), got "
@@ -130,7 +133,7 @@ def make_sampler(
         raise ValueError(
             f'{caller}: perturb must be "gaussian", "noisy_baseline", "square" or a callable, got {kind!r}'
         )
-    if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
+    if isinstance(std, bool) or not isinstance(std, Real) or not 0 < std < math.inf:
         raise ValueError(f"{caller}: std must be a positive number, got {std!r}")
     if kind == "square":
         if len(inputs) != 1 or inputs[0].dim() != 4:
@@ -143,7 +146,10 @@ def make_sampler(
     if isinstance(baselines, Background):
         raise ValueError(f"{caller}: baselines must be a number, a tensor or a tuple of these, got a Background")
     resolved, _ = resolve_baselines(baselines, inputs, caller)
-    expanded = tuple(torch.as_tensor(b).to(x).expand(x.shape) for b, x in zip(resolved, inputs, strict=True))
+    expanded = tuple(
+        torch.as_tensor(b, dtype=x.dtype, device=x.device).expand(x.shape)
+        for b, x in zip(resolved, inputs, strict=True)
+    )
     return Sampler(kind, expanded, n_samples, float(std), side or 0, seed, first_index, caller)
 
 
@@ -214,6 +220,11 @@ class Perturbed(Removal):
     def clean(self, players: Players | None) -> Samples:
         """No sample."""
         return Samples(torch.zeros(1, 0, dtype=torch.int64, device="cpu"))
+
+
+def _minus(x: Tensor, shown: Tensor) -> Tensor:
+    """What took x to the row shown, float64: the row is rounded to the inputs' dtype, the perturbation with it."""
+    return x.double() - shown.double()
 
 
 def sum_rows(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -33,13 +34,18 @@ def gaussian_blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tenso
             f"xaifast.gaussian_blur: images must be floating [B, C, H, W], got {images.dtype} {list(images.shape)}; "
             "convert them, or remove by baselines"
         )
-    offsets = torch.arange(kernel, dtype=torch.float64, device=images.device) - kernel // 2
-    taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    taps = (taps / taps.sum()).to(images)
-    channels, pad = images.shape[1], kernel // 2
-    blurred = F.pad(images, (pad, pad, pad, pad), mode="replicate")
-    blurred = F.conv2d(blurred, taps.view(1, 1, 1, -1).expand(channels, 1, 1, kernel), groups=channels)
-    return F.conv2d(blurred, taps.view(1, 1, -1, 1).expand(channels, 1, kernel, 1), groups=channels)
+    half = kernel // 2
+    weights = [math.exp(-0.5 * ((i - half) / sigma) ** 2) for i in range(kernel)]
+    total = math.fsum(weights)
+    blurred = images.to(torch.promote_types(images.dtype, torch.float32))
+    # Sums of shifted images, for a convolution's last bits differ between an image alone and among others.
+    for dim, padding in ((3, (half, half, 0, 0)), (2, (0, 0, half, half))):
+        padded = F.pad(blurred, padding, mode="replicate")
+        shifted = [padded.narrow(dim, i, images.shape[dim]) for i in range(kernel)]
+        blurred = shifted[0] * (weights[0] / total)
+        for image, weight in zip(shifted[1:], weights[1:], strict=True):
+            blurred.add_(image, alpha=weight / total)
+    return blurred.to(images.dtype)
 
 
 def resolve_baselines(
