@@ -23,12 +23,14 @@ class Call:
         AssertionError: a target that Captum does not know.
     """
 
-    def __init__(self, forward: Callable, tensors: tuple[Tensor, ...], args: object, target: object) -> None:
-        self.forward, self.tensors = forward, tensors
+    def __init__(
+        self, forward: Callable, tensors: tuple[Tensor, ...], args: object, target: object, caller: str = CALLER
+    ) -> None:
+        self.forward, self.tensors, self.caller = forward, tensors, caller
         self.whole = tuple(x for x in tensors if x.numel())
         self.n_inputs = len(tensors[0])
         self.args = () if args is None else args if isinstance(args, tuple) else (args,)
-        self.target = _as_target(target, tensors[0].device)
+        self.target = _as_target(target, tensors[0].device, caller)
         self.per_input = isinstance(self.target, Tensor) or any(map(self._follows, self.args))
 
     def __call__(self, rows: Sequence[Tensor], owner: Tensor | None = None) -> Tensor:
@@ -48,10 +50,11 @@ class Call:
         output = getattr(output, "logits", output)
         if not (isinstance(output, int | float) or hasattr(output, "__array__")):  # tensors and NumPy's have it
             raise TypeError(
-                f"{CALLER}: forward_func must return a tensor, an array or a number, got {type(output).__name__}; wrap "
-                "it in a function that picks its output"
+                f"{self.caller}: forward_func must return a tensor, an array or a number, got {type(output).__name__}; "
+                "wrap it in a function that picks its output"
             )
-        output = _select(torch.as_tensor(output, device=tensors[0].device), target)
+        dtype = torch.float64 if isinstance(output, float) else None
+        output = _select(torch.as_tensor(output, dtype=dtype, device=tensors[0].device), target, self.caller)
         return output.float() if output.dtype == torch.bool else output
 
     def _follows(self, arg: object) -> bool:
@@ -78,7 +81,7 @@ class InputRows:
         self.owner = torch.arange(call.n_inputs, device=self.inputs[0].device) if call.per_input else None
         if isinstance(call.target, Tensor) and len(call.target) != call.n_inputs:
             raise AssertionError(
-                f"{CALLER}: target must hold one entry an input ({call.n_inputs}), got {len(call.target)}"
+                f"{call.caller}: target must hold one entry an input ({call.n_inputs}), got {len(call.target)}"
             )
 
     def lift(self, values: tuple) -> tuple:
@@ -159,7 +162,7 @@ def find_unit(call: Call, perturbations_per_eval: int) -> str | None:
     return "batch"
 
 
-def _as_target(target: object, device: torch.device) -> tuple | Tensor | None:
+def _as_target(target: object, device: torch.device, caller: str) -> tuple | Tensor | None:
     """A tuple of indices for all rows; int64 ``[B]``, or ``[B, D]`` from tuples, for each; or None."""
     if target is None or isinstance(target, tuple):
         return target
@@ -173,12 +176,12 @@ def _as_target(target: object, device: torch.device) -> tuple | Tensor | None:
         if target.dim() == 1:
             return target.to(device, torch.int64)
     raise AssertionError(
-        f"{CALLER}: target must be an int, a tuple of ints, a list of these with one an input, a LongTensor [B] or "
+        f"{caller}: target must be an int, a tuple of ints, a list of these with one an input, a LongTensor [B] or "
         f"None, got {target!r}"
     )
 
 
-def _select(output: Tensor, target: tuple | Tensor | None) -> Tensor:
+def _select(output: Tensor, target: tuple | Tensor | None, caller: str) -> Tensor:
     """Outputs ``[r, ...]`` at the target's indices; errors of the indexing itself are torch's."""
     if target is None:
         return output
@@ -186,13 +189,13 @@ def _select(output: Tensor, target: tuple | Tensor | None) -> Tensor:
     if isinstance(target, tuple):
         if len(target) >= output.dim():
             raise AssertionError(
-                f"{CALLER}: target must have at most one index for each output axis after the batch, got {target} for "
+                f"{caller}: target must have at most one index for each output axis after the batch, got {target} for "
                 f"outputs {shape}"
             )
         return output[(slice(None), *target)]
     if output.dim() == 0 or len(target) != len(output) or (target.dim() == 1 and output.dim() != 2):
         raise AssertionError(
-            f"{CALLER}: targets of each input must be as many as there are outputs, and tuples where outputs have more "
+            f"{caller}: targets of each input must be as many as there are outputs, and tuples where outputs have more "
             f"than two axes, got {len(target)} for outputs {shape}"
         )
     if target.dim() == 1:

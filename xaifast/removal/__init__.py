@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Background, Group, Prepared, Removal
+from .imputed import linear_impute
 from .replace import Replace, gaussian_blur
 from .tokens import TokenDrop, TokenSelect
 
@@ -15,6 +16,7 @@ __all__ = [
     "TokenDrop",
     "TokenSelect",
     "gaussian_blur",
+    "linear_impute",
     "resolve_removal",
 ]
 
