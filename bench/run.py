@@ -24,6 +24,8 @@ RESULTS = BENCH / "results"
 # Values are what is measured; compilers and derivatives have `make test`.
 GATE = ["tests/test_select_rows.py", "tests/test_masking.py", "tests/test_tokens.py", "tests/test_coalitions.py"]
 GATE += ["tests/test_cubic.py", "tests/test_evaluate.py", "tests/test_shapley_solvers.py", "tests/test_kernel_shap.py"]
+GATE += ["tests/test_ranking.py", "tests/test_perturb.py", "tests/test_curves.py", "tests/test_occlusion.py"]
+GATE += ["tests/test_rise.py", "tests/test_road.py", "tests/test_small_budgets.py"]
 GATE_OPTIONS = ["-x", "-p", "no:cacheprovider", "-k", "not compile and not gradient", "-m", "not slow"]
 
 Runner = Callable[[Sequence[str]], int]
@@ -63,6 +65,23 @@ BENCHES = {
     "shap": Bench(
         "bench_shap.py", ("--rounds", "1", "--rows", "4"), ("job", "nsamples", "l1_reg", "contender"),
         ("over_floor_median", "x floor"),
+    ),
+    "curves": Bench(
+        "bench_curves.py", ("--jobs", "lenet", "--rounds", "2"), ("job", "contender"), ("ratio_median", "x floor")
+    ),
+    "occlusion": Bench(
+        "bench_occlusion.py",
+        ("--jobs", "occlusion", "lenet", "--rounds", "2", "--no-peers"),
+        ("job", "contender"),
+        ("ratio_median", "x floor"),
+    ),
+    "road": Bench(
+        "bench_road.py", ("--images", "1", "--rounds", "1"), ("order", "share", "contender"),
+        ("seconds_median", "s an image"),
+    ),
+    "dropin-error": Bench(
+        "bench_dropin_error.py", ("--peers", "shap", "--players", "5", "--seeds", "10"), ("peer", "players", "n", "game"),
+        ("ratio", "x peer's error"),
     ),
     "explain": Bench(
         "bench_explain.py", ("--images", "128", "--rounds", "2"), ("images",), ("command_over_call", "x call")

@@ -1,4 +1,5 @@
-"""Kernel SHAP on handwritten digits: train a network, explain 64 test images, check the answers, draw them.
+"""Kernel SHAP on handwritten digits: train a network, explain 64 test images, check the answers, draw them; then
+compare five attributions by insertion and deletion.
 
 Run with ``make demo`` or ``python examples/demo.py [OUTPUT.png]``.
 """
@@ -16,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from faithfulness import N_IMAGES as N_COMPARED
+from faithfulness import compare
 from torch import Tensor, nn
 from train_digits import accuracy, digits, train
 
@@ -122,7 +125,8 @@ def main(path: Path) -> None:
         predicted = model(x).argmax(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(x, labels, result, predicted, path)
-    print(f"\nfigure: {path}")
+    print(f"\nfigure: {path}\n")
+    compare(model, test_x[:N_COMPARED], baseline, path.with_name("curves.png"))
 
 
 if __name__ == "__main__":

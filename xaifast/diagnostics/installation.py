@@ -27,6 +27,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "segments": ("superpixels", ("scikit-image",)),
     "report": ("figures and reports", ("matplotlib", "jinja2")),
     "compat": ("explanations as shap's objects", ("shap",)),
+    "metrics": ("metrics as torchmetrics classes", ("torchmetrics",)),
     "bench": ("benchmarks beside other packages", ("captum",)),
 }
 
@@ -35,6 +36,8 @@ KERNELS: dict[str, tuple[str, str, str | None]] = {
     "sample_coalitions": ("designs", "native", None),
     "select_rows": ("mask_inputs, select_tokens", "native", "triton"),
     "compact_rows": ("compact_tokens", "native", "native"),
+    "perturb_rows": ("perturb_by_rank", "native", "triton"),
+    "rank_features": ("rank_features", "native", "torch"),
     "cubic_regression": ('estimator="adjusted"', "native", "torch"),
     "blend_inputs": ("soft masks", "torch", "torch"),
 }
