@@ -12,7 +12,6 @@ from torch import nn
 import xaifast
 from xaifast import insertion_deletion
 from xaifast.metrics import srg
-from xaifast.metrics._baselines import resolve_baseline
 
 
 def plain_order(scores, order="most"):
@@ -227,12 +226,21 @@ def test_named_baselines():
     assert torch.equal(torch.cat(other.rows)[1], noise[1])
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_blur_does_not_depend_on_the_batch(channels):
-    x = torch.rand(6, channels, 32, 32)
-    whole = resolve_baseline("blur", x, "baseline", "test")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 1, 32, 32), (6, 3, 31, 33), (6, 2, 1, 3), (6, 3, 80, 97)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_a_blur_is_a_gaussian_sum_whatever_the_batch(dtype, shape, layout):
+    x = torch.rand(shape, dtype=torch.float64).to(dtype).to(memory_format=layout)
+    whole = xaifast.removal.gaussian_blur(x)
     for rows in (slice(0, 1), slice(2, 4), slice(5, 6)):
-        assert torch.equal(resolve_baseline("blur", x[rows], "baseline", "test"), whole[rows])
+        assert torch.equal(xaifast.removal.gaussian_blur(x[rows]), whole[rows])
+    taps = torch.exp(-0.5 * ((torch.arange(11).double() - 5) / 5) ** 2)
+    taps = (taps[:, None] * taps / taps.sum() ** 2)[None, None]
+    padded = nn.functional.pad(x.double(), (5, 5, 5, 5), mode="replicate").flatten(0, 1)[:, None]
+    expected = nn.functional.conv2d(padded, taps).view(shape)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(whole.double(), expected, rtol=8 * eps, atol=eps)
+    assert whole.dtype == dtype and whole.is_contiguous(memory_format=layout)
 
 
 def test_scores():

@@ -185,6 +185,19 @@ def test_token_drop_takes_both_curves_together():
     assert shapes == [(4, 17), (4, 1), (8, 5), (8, 9), (8, 13)]
 
 
+def test_token_drop_takes_the_default_baselines():
+    model, x, scores = vit(), torch.rand(2, 3, 16, 16).double(), torch.randn(2, 16)
+    settings = dict(feature_mask=xaifast.grid_mask((16, 16), 4), steps=4, removal=TokenDrop())
+    expected = insertion_deletion(model, x, scores, **settings)
+    for insertion, deletion in (("blur", 0.0), (0.0, 0.0), (0, None), (None, 0)):
+        curves = insertion_deletion(
+            model, x, scores, insertion_baseline=insertion, deletion_baseline=deletion, **settings
+        )
+        assert torch.equal(curves.insertion, expected.insertion) and torch.equal(curves.deletion, expected.deletion)
+        assert curves.one_baseline and curves.n_evaluations == expected.n_evaluations
+    assert torch.equal(xaifast.metrics.srg(model, x, scores, baseline=0.0, **settings), expected.srg)
+
+
 def test_removal_makes_both_baselines():
     x = integers(2, 1, 6, 6)
     model = Recorder()
@@ -237,6 +250,8 @@ def test_threshold_curves_of_superpixels_and_tokens():
     torch.testing.assert_close(drop.insertion_probability[1, 1], expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="target"):
         threshold_curves(model, x, a, None, feature_mask=mask)
+    with pytest.raises(ValueError, match="got a Background"):
+        threshold_curves(model, x, a, 0, feature_mask=mask, baselines=xaifast.removal.Background(x))
     with pytest.raises(ValueError, match="thresholds must be finite"):
         threshold_curves(model, x, a, 0, [0.1, torch.nan], feature_mask=mask)
     with pytest.raises(ValueError, match=r"target must lie in 0\.\.4"):
@@ -290,6 +305,8 @@ MASK = xaifast.grid_mask((6, 6), 3)
         (dict(removal="blur", deletion_baseline=0.0), ValueError, "must be left out"),
         (dict(removal="smear"), ValueError, "removal must be"),
         (dict(removal=TokenDrop(), feature_mask=MASK, deletion_baseline=1.0), ValueError, "takes no baselines"),
+        (dict(removal=TokenDrop(), feature_mask=MASK, deletion_baseline="blur"), ValueError, "takes no baselines"),
+        (dict(removal=TokenDrop(), insertion_baseline=torch.zeros(3, 1, 1)), ValueError, "takes no baselines"),
         (dict(removal=TokenSelect()), ValueError, "feature_mask must be given"),
         (dict(feature_mask=torch.tensor([0, 2]).repeat(3)), ValueError, "id 1 of 0..2 occurs nowhere"),
         (dict(target=torch.tensor([1])), ValueError, "target must be"),

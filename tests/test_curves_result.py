@@ -28,6 +28,11 @@ def test_mean_bands_and_cat():
         xaifast.Curves.cat([curves, insertion_deletion(model, x, torch.rand(9, 10), steps=4)])
     with pytest.raises(ValueError, match="agree in order"):
         xaifast.Curves.cat([curves, insertion_deletion(model, x, torch.rand(9, 10), steps=5, order="least")])
+    assert torch.equal(xaifast.Curves.cat(part for part in (curves, one)).deletion, both.deletion)
+    # What baselines show may agree by chance: a black image is its own blur.
+    other = insertion_deletion(model, x, torch.rand(9, 10), steps=5, insertion_baseline=1.0)
+    both = xaifast.Curves.cat([curves, other])
+    assert curves.one_baseline and not both.one_baseline and both.n_evaluations == 11
     with pytest.raises(ValueError, match="at least one"):
         xaifast.Curves.cat([])
 
@@ -43,7 +48,8 @@ def test_plot_and_repr():
     assert [text.split(",")[0] for text in texts] == ["insertion", "deletion"]
     assert f"{float(curves.insertion_auc.mean()):.3g}" in texts[0] and "\N{PLUS-MINUS SIGN}" in texts[0]
     torch.testing.assert_close(torch.tensor(axis.lines[1].get_ydata()).float(), curves.deletion.mean(0))
-    (axis,) = curves.plot(2).axes
+    assert "input 2" in str([text.get_text() for text in curves.plot(-2).texts])
+    (axis,) = curves.plot(-2).axes
     torch.testing.assert_close(torch.tensor(axis.lines[0].get_ydata()).float(), curves.insertion[2])
     with pytest.raises(IndexError, match="0..3"):
         curves.plot(4)

@@ -148,6 +148,9 @@ def test_transforms_and_compile(device):
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(maps[0]), expected[0])
+        given = torch.compile(quantile_masks, fullgraph=True, backend="aot_eager")
+        shares = torch.tensor(SHARES, dtype=torch.float64, device=device)
+        torch.testing.assert_close(given(maps[0], shares, temperature=temperature), expected[0])
     loss = lambda a: (quantile_masks(a, SHARES, temperature=0.3) ** 2).sum()  # noqa: E731
     leaf = maps[0].clone().requires_grad_()
     loss(leaf).backward()
@@ -213,8 +216,11 @@ def test_descent_on_an_attribution_improves_its_hard_area(kind):
     [
         (([1.0], [0.5]), TypeError, "must be a floating tensor, got list"),
         ((torch.zeros(1, 2, 2, dtype=torch.int64), [0.5]), TypeError, "got torch.int64; convert"),
-        ((torch.zeros(2, 2), [0.5]), ValueError, r"must be \[B, H, W\] or \[B, C, H, W\], got \[2, 2\]"),
+        ((torch.zeros(2, 2), [0.5]), ValueError, r"must be \[B, H, W\] or \[B, C, H, W\] .* got \[2, 2\]"),
         ((torch.zeros(1, 0, 2, 2), [0.5]), ValueError, r"got \[1, 0, 2, 2\]"),
+        ((torch.zeros(2, 0, 4), [0.5]), ValueError, r"at least one pixel, got \[2, 0, 4\]"),
+        ((torch.zeros(1, 2, 2), 0.5), ValueError, r"one or more shares \[Q\] .* got 0.5"),
+        ((torch.zeros(1, 2, 2), torch.zeros(1, 1)), ValueError, r"one or more shares \[Q\]"),
         ((torch.zeros(1, 2, 2), [0.5, 1.5]), ValueError, "between 0 and 1, got"),
         ((torch.zeros(1, 2, 2), [math.nan]), ValueError, "between 0 and 1"),
         ((torch.zeros(1, 2, 2), []), ValueError, "one or more shares"),

@@ -15,7 +15,7 @@ from xaifast.reference.coalitions import Stream
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-WIDTHS = (0, 1, 2, 63, 64, 65, 128, 129, 257, 1000, 4099)  # about where the kernel's way of sorting changes
+WIDTHS = (0, 1, 2, 24, 25, 48, 49, 96, 97, 1000, 1023, 1024, 4099)  # about where the kernel's way of sorting changes
 NAN, INF = math.nan, math.inf
 
 

@@ -11,9 +11,8 @@
 namespace xaifast {
 namespace {
 
-constexpr int64_t kFewPerByte = 32;  // of key: clearing and adding up the counts of a digit cost as much as comparisons
-constexpr int kDigitBits = 11;
-constexpr int kBuckets = 1 << kDigitBits;
+constexpr int64_t kFewPerByte = 12;  // of key: clearing and adding up the counts of a digit cost as much as comparisons
+constexpr int64_t kManyFeatures = 1024;  // from which fewer passes with more buckets are faster
 constexpr int kIndexBits = 32;
 
 // Descending order of values as ascending order of keys; for reversed ties ascending order, to be read from its end.
@@ -30,8 +29,9 @@ Key key_of(Key bits, const RankFeatures& a) {
   return ascending ? key : ~key;
 }
 
-template <typename Packed>
+template <int kDigitBits, typename Packed>
 Packed* radix_sort(Packed* items, Packed* other, int64_t n, int key_bits) {
+  constexpr int kBuckets = 1 << kDigitBits;
   uint32_t counts[kBuckets];
   for (int shift = kIndexBits; shift < kIndexBits + key_bits; shift += kDigitBits) {
     const auto digit = [shift](Packed item) { return static_cast<uint32_t>(item >> shift) & (kBuckets - 1); };
@@ -68,7 +68,8 @@ Status rank_as(const RankFeatures& a) {
       if (n <= kFewPerByte * static_cast<int64_t>(sizeof(Key))) {
         std::sort(items, items + n);
       } else {
-        sorted = radix_sort(items, items + n, n, 8 * sizeof(Key));
+        const auto sort = n < kManyFeatures ? radix_sort<8, Packed> : radix_sort<11, Packed>;
+        sorted = sort(items, items + n, n, 8 * sizeof(Key));
       }
       int32_t* rank = a.rank + b * n;
       const bool reversed = a.least != (a.ties == TieOrder::kReversedIndex);

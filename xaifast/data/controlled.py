@@ -58,22 +58,19 @@ def digits(
         scale: Side of a pixel of the digit on the canvas.
         jitter: The digit is centred, then moved by whole pixels of up to this in each direction.
         signal: ``"ink"``: pixels with ink; ``"box"``: the whole of the enlarged digit, as missing ink tells digits
-            apart
-            as well.
+            apart as well.
         seed: Of places and backgrounds, 0..2^63-1.
 
     Returns:
         `Controlled`: inputs ``[1797, 1, S, S]``, labels 0..9, signal of the inputs' shape. Ink is the same, bit for
-        bit,
-        for every background but ``"normalised"``.
+        bit, for every background but ``"normalised"``.
 
     Raises:
         ValueError: an unknown name, a digit that does not fit on the canvas.
         ImportError: scikit-learn is not installed.
 
-    Source: the real digits are those of ``sklearn.datasets.load_digits`` (UCI); the four backgrounds follow the
-        variants
-    of MNIST that XtrAIn's family of papers uses (arXiv 2606.10877, 2605.15328), whose exact making is unknown.
+    Source: the digits are those of ``sklearn.datasets.load_digits`` (UCI); the four backgrounds follow the variants of
+    MNIST that XtrAIn's family of papers uses (arXiv 2606.10877, 2605.15328), whose exact making is unknown.
 
     Example:
         >>> inputs, labels, signal = digits("noise")
@@ -94,8 +91,7 @@ def digits(
     if margin // 2 < jitter:
         raise ValueError(
             f"{caller}: a digit of {8 * scale} pixels moved by {jitter} must fit on the canvas, got size={size}; "
-            "enlarge it "
-            "or lower scale or jitter"
+            "enlarge it or lower scale or jitter"
         )
     images, labels = require("sklearn.datasets", "data", caller).load_digits(return_X_y=True)
     ink = torch.from_numpy(images / 16).reshape(-1, 8, 8).repeat_interleave(scale, 1).repeat_interleave(scale, 2)

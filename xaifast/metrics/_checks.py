@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..evaluate import as_inputs
+
 _DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
 )  # fmt: skip
+
+
+def one_tensor(inputs: object, caller: str) -> Tensor:
+    """The one input tensor ``[B, ...]`` of a metric over feature maps."""
+    given = as_inputs(inputs, caller)
+    if len(given) != 1:
+        raise ValueError(
+            f"{caller}: inputs must be one tensor, got {len(given)}; pass the others as additional_forward_args"
+        )
+    return given[0]
 
 
 def check_maps(caller: str, shape: str, **maps: Tensor) -> None:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 def plot_curves(curves: Curves, index: int | None, label: str) -> object:
     """See `Curves.plot`."""
     batch = curves.deletion.shape[0]
-    if index is not None and not -batch <= operator.index(index) < batch:
-        raise IndexError(f"xaifast.Curves.plot: index must lie in 0..{batch - 1}, got {index}")
+    if index is not None:
+        if not -batch <= operator.index(index) < batch:
+            raise IndexError(f"xaifast.Curves.plot: index must lie in 0..{batch - 1}, got {index}")
+        index = operator.index(index) % batch
     shown, mean = {}, curves.mean()
     for name in ("insertion", "deletion"):
         if getattr(curves, name) is None:

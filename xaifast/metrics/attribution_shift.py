@@ -130,8 +130,7 @@ def _as_set(mask: object, x: Tensor) -> Tensor:
     if wide.dim() != x.dim() or any(m not in (1, n) for m, n in zip(wide.shape, x.shape, strict=True)):
         raise ValueError(
             f"{_CALLER}: occluded must have the shape of an input {list(x.shape[1:])} or of the inputs "
-            f"{list(x.shape)}, with "
-            f"1 for axes it is shared along, got {list(mask.shape)}"
+            f"{list(x.shape)}, with 1 for axes it is shared along, got {list(mask.shape)}"
         )
     return wide.to(x.device).expand(x.shape)
 
@@ -146,8 +145,7 @@ def _as_map(mask: Tensor, phi: Tensor) -> Tensor:
             return together
     raise ValueError(
         f"{_CALLER}: explain must return attributions of the rows' shape {list(mask.shape)}, or a map of images "
-        "without "
-        f"channels, got {list(phi.shape)}; spread those of players over their elements"
+        f"without channels, got {list(phi.shape)}; spread those of players over their elements"
     )
 
 

@@ -85,15 +85,13 @@ def _check(attributions: object, signal_mask: object) -> Tensor:
     if mask.dim() != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"{_CALLER}: signal_mask must have the attributions' shape {list(shape)}, or {list(shape[1:])} for all "
-            "inputs, "
-            f"with 1 for axes it is shared along, got {list(signal_mask.shape)}; flatten both, or unsqueeze(1) a mask "
-            "without channels"
+            f"inputs, with 1 for axes it is shared along, got {list(signal_mask.shape)}; flatten both, or "
+            "unsqueeze(1) a mask without channels"
         )
     if mask.device != attributions.device:
         raise ValueError(
             f"{_CALLER}: attributions and signal_mask must be on one device, got {attributions.device} and "
-            f"{mask.device}; "
-            "move one with .to()"
+            f"{mask.device}; move one with .to()"
         )
     check_finite(_CALLER, "attributions", attributions)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,17 +97,18 @@ class Curves:
         )  # fmt: skip
 
     @classmethod
-    def cat(cls, curves: Sequence[Curves]) -> Curves:
-        """Curves of several batches as one, in their order.
+    def cat(cls, curves: Iterable[Curves]) -> Curves:
+        """Curves of several batches as one, in their order; of one baseline where all are.
 
         Raises:
             ValueError: nothing given, or curves that were not taken alike.
         """
+        curves = tuple(curves)
         if not curves:
             raise ValueError("xaifast.Curves.cat: curves must hold at least one, got none")
         first, *rest = curves
         for other in rest:
-            for name in ("order", "compat", "one_baseline"):
+            for name in ("order", "compat"):
                 if getattr(other, name) != getattr(first, name):
                     raise ValueError(
                         f"xaifast.Curves.cat: curves must agree in {name}, got {getattr(first, name)!r} and "
@@ -124,7 +125,7 @@ class Curves:
         return cls(
             fractions, _cat(curves, "insertion"), _cat(curves, "deletion"), _cat(curves, "insertion_auc"),
             _cat(curves, "deletion_auc"), max(one.n_evaluations for one in curves), _cat(curves, "targets"),
-            first.order, first.compat, first.one_baseline,
+            first.order, first.compat, all(one.one_baseline for one in curves),
         )  # fmt: skip
 
     def plot(self, index: int | None = None, *, label: str = "score") -> object:

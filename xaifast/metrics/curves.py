@@ -12,10 +12,11 @@ from ..evaluate import Evaluator
 from ..noise import check_seed
 from ..removal import Removal, Replace, TokenDrop, TokenSelect, resolve_removal
 from ..removal.ranked import Ranked, RankPoints
+from ..scores import check_one_score, resolve_score
 from ..stream import shared_progress
 from ._baselines import resolve_baseline, same_baseline
+from ._checks import one_tensor
 from ._features import Features, resolve_features
-from ._scores import check_one_score, one_tensor, resolve_score
 from .curve_conventions import Convention, resolve_convention, resolve_steps, rounded_counts
 from .curve_result import Curves
 
@@ -66,7 +67,7 @@ def insertion_deletion(
             through the players that occur in it, k_s = floor(s P_b / S + 1/2).
         removal: None (replace by the baselines), ``"blur"`` or a callable (both baselines), or
             ``xaifast.removal.TokenSelect()`` or ``TokenDrop()`` with a patch-aligned feature mask. TokenDrop takes no
-            baselines: both curves drop tokens.
+            baselines but the defaults, which it does not use: both curves drop tokens.
         additional_forward_args: Passed on after the inputs; tensors with leading B go with their input.
         deletion_baseline: Number, tensor ``[...]`` or ``[B, ...]``, callable ``inputs -> [B, ...]``, ``"zero"``,
             ``"blur"`` (Gaussian, 11 taps, width 5), ``"mean"`` (of each image and channel), ``"noise"`` (N(0, 1), by
@@ -102,9 +103,9 @@ def insertion_deletion(
         TypeError, ValueError: what must hold, what was given, what to do; before the model runs where the inputs show
             it, else in the first chunk.
 
-    Cost: 2 S + 1 model rows an input (2 S with one baseline): the clean input is both curves' end. A sort of P scores
-    an input; memory of one chunk beside the scores of all points. Results depend on neither chunk size nor neighbours
-    (as far as the model's own rows do not).
+    Cost: 2 S + 1 model rows an input (2 S with one baseline): the clean input is both curves' end. TokenSelect with two
+    baselines needs one more. A sort of P scores an input; memory of one chunk beside the scores of all points. Results
+    depend on neither chunk size nor neighbours (as far as the model's own rows do not).
 
     Source: Petsiuk, Das and Saenko, "RISE", BMVC 2018, section 4.2 (both curves); Samek et al., "Evaluating the
     visualization of what a deep neural network has learned", TNNLS 2017 (MoRF, LeRF).
@@ -199,16 +200,15 @@ def _resolve_baselines(
     first_index: int,
 ) -> tuple[float | Tensor | None, float | Tensor]:
     """Both baselines, resolved; insertion None where the convention has none. 0 for dropped tokens."""
-    given = insertion is not None or deletion is not None
     if isinstance(removal, TokenDrop):
-        if given:
+        if not (_is_default(insertion, "blur", 0) and _is_default(deletion, 0)):
             raise ValueError(
                 f"{_CALLER}: removal=TokenDrop() drops tokens and takes no baselines; leave insertion_baseline and "
                 "deletion_baseline out, or use TokenSelect()"
             )
-        insertion = deletion = 0.0
-    elif isinstance(removal, Replace) and removal.substrate is not None:
-        if given:
+        return 0.0, 0.0
+    if isinstance(removal, Replace) and removal.substrate is not None:
+        if insertion is not None or deletion is not None:
             raise ValueError(
                 f"{_CALLER}: insertion_baseline and deletion_baseline must be left out when removal makes both"
             )
@@ -231,6 +231,10 @@ def _resolve_baselines(
         return made, made
     other = resolve_baseline(insertion, x, "insertion_baseline", _CALLER, **random)
     return (made if same_baseline(other, made) else other), made
+
+
+def _is_default(baseline: object, *defaults: object) -> bool:
+    return baseline is None or (isinstance(baseline, str | int | float) and baseline in defaults)
 
 
 _Run = tuple[dict[str, object], object]  # what an evaluator needs beside the common, and its perturbations

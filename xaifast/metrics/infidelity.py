@@ -11,7 +11,7 @@ from torch import Tensor
 from ..evaluate import Evaluator, as_inputs
 from ..noise import check_seed
 from ..removal.perturbed import Perturbation, Perturbed, Samples, make_sampler, sum_rows
-from ._scores import check_one_score, resolve_score
+from ..scores import check_one_score, resolve_score
 
 _CALLER = "xaifast.metrics.infidelity"
 

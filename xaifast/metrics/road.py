@@ -13,8 +13,9 @@ from torch import Tensor
 from ..evaluate import Evaluator
 from ..noise import check_seed
 from ..removal.imputed import Imputed, RankRanges, check_images
+from ..scores import check_one_score, resolve_score
+from ._checks import one_tensor
 from ._features import resolve_features
-from ._scores import check_one_score, one_tensor, resolve_score
 
 _CALLER = "xaifast.metrics.road"
 

@@ -17,9 +17,10 @@ from ..ops.ranking import rank_features
 from ..players import Players
 from ..reference.ranking import places
 from ..removal.perturbed import sum_rows
+from ..scores import check_one_score, resolve_score
 from ..stream import shared_progress
+from ._checks import one_tensor
 from ._features import Features, resolve_features
-from ._scores import check_one_score, one_tensor, resolve_score
 
 _CALLER = "xaifast.metrics.sensitivity_n"
 _DRAWS = 1 << 62  # permutations are numbered from here on, apart from the random orders of curves

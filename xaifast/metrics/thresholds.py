@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..coalitions import Coalitions
 from ..evaluate import Evaluator
+from ..removal import Background
+from ._checks import one_tensor
 from ._features import resolve_features
-from ._scores import one_tensor
 
 _CALLER = "xaifast.metrics.threshold_curves"
 _STEPS = tuple(i / 10 for i in range(11))
@@ -82,7 +83,8 @@ def threshold_curves(
             NaN is an error.
         target: int, LongTensor ``[B]`` (labels), or ``"predicted"`` of the clean input.
         thresholds: T numbers; default 0, 0.1, ..., 1.
-        feature_mask: Player ids, see `xaifast.grid_mask`; None makes every element a player (at most 4096).
+        feature_mask: Player ids, see `xaifast.grid_mask`; None makes every element of an importance of the inputs'
+            shape a player, else every pixel (at most 4096).
         removal, baselines, additional_forward_args, batch_size, show_progress, autocast, cuda_graph,
             allow_training_mode: As in `xaifast.kernel_shap`, without a background.
 
@@ -104,6 +106,11 @@ def threshold_curves(
         [0.0, 0.0, 0.0, 0.0]
     """
     x = one_tensor(inputs, _CALLER)
+    if isinstance(baselines, Background):
+        raise ValueError(
+            f"{_CALLER}: baselines must be a number or a tensor, got a Background, over whose rows there is no one "
+            "argmax; give its mean, or one row"
+        )
     if target is None:
         raise ValueError(f'{_CALLER}: target must be an int, a LongTensor [B] or "predicted", got None')
     if feature_mask is None:

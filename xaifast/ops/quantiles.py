@@ -61,18 +61,18 @@ def quantile_masks(
         torch.Size([2, 4, 4])
     """
     maps = _maps(attributions)  # [B, P]
-    counts = _counts(quantiles, maps.shape[1])
+    counts = _counts(quantiles, maps)  # [Q]
     if temperature is None:
         if not tracing() and maps.isnan().any():
             raise ValueError("xaifast.quantile_masks: attributions must not be NaN; repair them, e.g. by nan_to_num()")
         ranks = rank_features(maps, nan="last")
-        masks = ranks[:, None] < torch.tensor(counts, device=maps.device)[:, None]
+        masks = ranks[:, None] < counts[:, None]
     else:
         masks = _soft(maps, counts, temperature)
-    return masks.to(attributions.dtype).view(maps.shape[0], len(counts), *attributions.shape[-2:])
+    return masks.to(attributions.dtype).view(maps.shape[0], counts.shape[0], *attributions.shape[-2:])
 
 
-def _soft(maps: Tensor, counts: list[int], temperature: float) -> Tensor:
+def _soft(maps: Tensor, counts: Tensor, temperature: float) -> Tensor:
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"xaifast.quantile_masks: temperature must be a positive number or None, got {temperature!r}")
     if not tracing() and not maps.isfinite().all():
@@ -83,8 +83,7 @@ def _soft(maps: Tensor, counts: list[int], temperature: float) -> Tensor:
     ordered = maps.sort(dim=1, descending=True, stable=True).values
     above = torch.nn.functional.pad(ordered, (1, 0), value=math.inf)  # k = 0: no pixel reaches an infinite threshold
     below = torch.nn.functional.pad(ordered, (0, 1), value=-math.inf)
-    at = torch.tensor(counts, dtype=torch.int64, device=maps.device)
-    thresholds = above[:, at] / 2 + below[:, at] / 2  # [B, Q]
+    thresholds = above[:, counts] / 2 + below[:, counts] / 2  # [B, Q]
     return torch.sigmoid((maps[:, None] - thresholds[:, :, None]) / temperature)
 
 
@@ -93,18 +92,22 @@ def _maps(attributions: Tensor) -> Tensor:
     if not isinstance(attributions, Tensor) or not attributions.is_floating_point():
         given = attributions.dtype if isinstance(attributions, Tensor) else type(attributions).__name__
         raise TypeError(f"xaifast.quantile_masks: attributions must be a floating tensor, got {given}; convert them")
-    if attributions.dim() not in (3, 4) or attributions.shape[1] == 0:
+    if attributions.dim() not in (3, 4) or 0 in attributions.shape[1:]:
         raise ValueError(
-            "xaifast.quantile_masks: attributions must be [B, H, W] or [B, C, H, W], got "
+            "xaifast.quantile_masks: attributions must be [B, H, W] or [B, C, H, W] with at least one pixel, got "
             f"{list(attributions.shape)}; expand players to pixels first"
         )
     maps = attributions.to(torch.promote_types(attributions.dtype, torch.float32))
     return (maps.sum(1) if maps.dim() == 4 else maps).flatten(1)
 
 
-def _counts(quantiles: Sequence[float] | Tensor, n_pixels: int) -> list[int]:
-    """Pixels kept for every share: q P, halves rounded up."""
-    shares = [float(q) for q in (quantiles.tolist() if isinstance(quantiles, Tensor) else quantiles)]
-    if not shares or not all(0 <= q <= 1 for q in shares):
-        raise ValueError(f"xaifast.quantile_masks: quantiles must be one or more shares between 0 and 1, got {shares}")
-    return [math.floor(q * n_pixels + 0.5) for q in shares]
+def _counts(quantiles: Sequence[float] | Tensor, maps: Tensor) -> Tensor:
+    """Pixels kept for every share, q P with halves rounded up: int64 [Q]."""
+    given = quantiles if isinstance(quantiles, Tensor) else torch.tensor(quantiles, dtype=torch.float64, device="cpu")
+    shares = given.detach().double()
+    fit = shares.dim() == 1 and shares.numel() > 0
+    if not fit or not (tracing() or bool(((shares >= 0) & (shares <= 1)).all())):
+        raise ValueError(
+            f"xaifast.quantile_masks: quantiles must be one or more shares [Q] between 0 and 1, got {quantiles}"
+        )
+    return (shares * maps.shape[1] + 0.5).floor().long().to(maps.device)

@@ -77,11 +77,11 @@ def rank_features(
         ranks = torch.ops.xaifast.random_ranks(seed, first_index, *flat.shape, device=values.device)
         return ranks.view(values.shape)
     if nan == "raise" and compat is None and values.is_floating_point() and not tracing():
-        bad = flat.isnan().any(1)
+        bad = flat.isnan()
         if bad.any():
-            b = int(bad.nonzero()[0])
+            b = int(bad.any(1).nonzero()[0])
             raise ValueError(
-                f"xaifast.rank_features: values must not be NaN, got {int(flat[b].isnan().sum())} in input {b}; "
+                f"xaifast.rank_features: values must not be NaN, got {int(bad[b].sum())} in input {b}; "
                 'repair them, or rank them behind all numbers by nan="last"'
             )
     return torch.ops.xaifast.rank_features(flat, order, compat).view(values.shape)

@@ -24,7 +24,8 @@ def gaussian_blur(images: Tensor, kernel: int = 11, sigma: float = 5.0) -> Tenso
         sigma: Standard deviation, pixels.
 
     Returns:
-        ``[B, C, H, W]``; weights sum to one. Cost: ``2 * kernel`` multiply-adds a pixel.
+        ``[B, C, H, W]``; weights sum to one, sums are taken in float32 at least. An image has the same bits alone and
+        among others. Cost: ``2 * kernel`` multiply-adds a pixel.
 
     Raises:
         ValueError: other shapes or dtypes.

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..noise import uniform_units
+from ..noise import MASKS, uniform_units
 from ..ops.plan import SelectPlan
 from ..players import Players
 from .base import Prepared, Removal
 from .replace import Replace, empty_rows, row_bytes, slice_background
 
-_MASKS = 32  # the domain of these random streams, beside those of `xaifast.noise`
 _ENDLESS = 2**62  # masks are samples of one input
 
 
@@ -52,7 +51,7 @@ class MaskLaw:
         """
         n_cells = math.prod(self.cells)
         units = uniform_units(
-            first, first + n, _ENDLESS, n_cells + 2, domain=_MASKS, seed=self.seed, first_index=0
+            first, first + n, _ENDLESS, n_cells + 2, domain=MASKS, seed=self.seed, first_index=0
         )  # [n, cells + 2]
         places = (units[:, n_cells:] * torch.tensor(self.cell, device="cpu")).long()
         return (units[:, :n_cells] < self.p).unflatten(1, self.cells), places
@@ -127,26 +126,22 @@ class PreparedBlend(Prepared):
         return (empty_rows(self.plan, n_rows),)
 
     def rows(self, code: Tensor, start: int, stop: int, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """All channels of a pixel have one weight."""
-        plan, n = self.plan, code.shape[0]
-        channels, *size = plan.shape
-        masks, x, baseline = code.view(plan.x.dtype)[:, : math.prod(size)], plan.x, self.baseline
-        first, last = start // n, (stop - 1) // n
-        if first == last:
-            owner, masks = slice(first, first + 1), masks[start - first * n : stop - first * n]
-        else:
-            unit = torch.arange(start, stop, device=code.device)
-            owner, masks = unit.div(n, rounding_mode="floor"), masks[unit % n]
-        inner = plan.memory_format is torch.channels_last
-        weight = (masks[:, :, None] if inner else masks[:, None])[:, None]  # [U, 1, 1, P] or [U, 1, P, 1]
-        pixels = (math.prod(size), channels) if inner else (channels, math.prod(size))
-        buffer = out[0].permute(0, 2, 3, 1) if inner else out[0]
-        buffer = buffer.view(stop - start, self.n_background, *pixels)
-        # Operations that round once: no bit depends on where a vector of the processor ends.
-        torch.mul(x[owner].view(-1, 1, *pixels).expand(-1, self.n_background, -1, -1), weight, out=buffer)
-        if baseline is not None:
-            shown = baseline[owner] if len(baseline) > 1 else baseline
-            buffer += shown.unflatten(2, pixels) * (1 - weight)
+        """All channels of a pixel have one weight; one input after the other, so that no mask is copied."""
+        n, (channels, *sides) = len(code), self.plan.shape
+        size = math.prod(sides)
+        masks = code.view(self.plan.x.dtype)[:, :size]
+        inner = self.plan.memory_format is torch.channels_last
+        pixels = (size, channels) if inner else (channels, size)
+        buffer = (out[0].permute(0, 2, 3, 1) if inner else out[0]).view(-1, self.n_background, *pixels)
+        for owner in range(start // n, (stop - 1) // n + 1):
+            low, high = max(start, owner * n), min(stop, (owner + 1) * n)
+            weight = masks[low - owner * n : high - owner * n, None].unsqueeze(-1 if inner else -2)
+            shown = buffer[low - start : high - start]
+            # Operations that round once: no bit depends on where a vector of the processor ends.
+            torch.mul(self.plan.x[owner].view(pixels).expand_as(shown), weight, out=shown)
+            if self.baseline is not None:
+                behind = self.baseline[owner if len(self.baseline) > 1 else 0]
+                shown += behind.unflatten(1, pixels) * (1 - weight)
         return out
 
     def run(self, forward: Callable, rows: tuple[Tensor, ...], args: tuple) -> object:
