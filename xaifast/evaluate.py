@@ -131,7 +131,7 @@ class Evaluator:
         self._score = score
         with torch.no_grad():
             scored = self._scored(outputs.to(self.output_dtype)).double()
-        self.full = self._pick(scored, 0, self.n_inputs, 1)  # [B, K]
+        self.full = self._pick(scored, self._target_column(range(self.n_inputs), 1))  # [B, K]
 
     def _auto_rows(self, peak_row_bytes: int | None = None) -> int:
         flat = all(x.dim() == 2 for x in self.inputs)
@@ -190,6 +190,7 @@ class Evaluator:
         n = code.shape[-2]
         n_units, background = len(inputs) * n, prepared.n_background
         first_unit = inputs.start * n
+        targets = self._target_column(inputs, n)
         values: Tensor | None = None
         buffers: tuple[Tensor, ...] = ()  # written again by every chunk
         pieces = Stream(background, self.batch_size, show_progress=False, description="background")
@@ -215,7 +216,7 @@ class Evaluator:
                 outputs = self._model(prepared, rows, first_unit + start, stop - start, n, replay=replay)[:n_rows]
             outputs = self._scored(outputs).view(stop - start, background, -1)
             outputs = outputs[:, 0] if background == 1 else outputs.double().mean(1)
-            picked = self._pick(outputs, first_unit + start, stop - start, n)
+            picked = self._pick(outputs, targets[start:stop] if isinstance(targets, Tensor) else targets)
             if values is None:
                 with torch.inference_mode(False):
                     values = torch.empty(n_units, picked.shape[1], dtype=torch.float64, device=self.device)
@@ -329,15 +330,17 @@ class Evaluator:
             )
         return scores if scores.dim() == 2 else scores.unsqueeze(1)
 
-    def _pick(self, outputs: Tensor, first_unit: int, n_units: int, n: int) -> Tensor:
-        """The target's column of outputs ``[units, K]``, or all columns."""
-        if self._target is None or outputs.shape[1] == 1:
+    def _target_column(self, inputs: range, n: int) -> int | Tensor | None:
+        """Which output each unit of inputs is asked for: one for all, LongTensor ``[units, 1]``, or None for all."""
+        if isinstance(self._target, Tensor):
+            return self._target[inputs.start : inputs.stop].repeat_interleave(n).unsqueeze(1)
+        return self._target
+
+    def _pick(self, outputs: Tensor, targets: int | Tensor | None) -> Tensor:
+        """The targets' columns of outputs ``[units, K]``, or all columns."""
+        if targets is None or outputs.shape[1] == 1:
             return outputs
-        if isinstance(self._target, int):
-            return outputs[:, self._target : self._target + 1]
-        unit = torch.arange(first_unit, first_unit + n_units, device=self.device)
-        owner = unit.div(n, rounding_mode="floor")
-        return outputs.gather(1, self._target[owner].unsqueeze(1))
+        return outputs[:, targets : targets + 1] if isinstance(targets, int) else outputs.gather(1, targets)
 
     def _check_finite(self, values: Tensor, perturbations: Perturbations) -> None:
         finite = torch.isfinite(values).all(2)  # [B, N]
