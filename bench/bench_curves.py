@@ -4,23 +4,20 @@ The floor is the number of model evaluations of both curves, with shared end poi
 fastest batch of 16 to 256. Floor and contenders are interleaved in every round; ratios are taken within a round;
 medians are reported. Everyone's areas are compared before anything is timed.
 
-    python bench/bench_curves.py [--jobs resnet lenet vit] [--rounds 7] [--no-peers] [--csv FILE]
+    python bench/bench_curves.py [--jobs resnet lenet vit ...] [--rounds 7] [--no-peers] [--csv FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_jobs import run
-from environment import describe, pin_threads
+from bench_jobs import main
 from jobs import Job, LeNet5
-from results import write
 from torch import Tensor, nn
 
 import xaifast
@@ -139,45 +136,44 @@ def check(ours: xaifast.Curves, others: dict[str, Areas]) -> None:
                 raise AssertionError(f"{name} has other areas: {got.tolist()} and {expected.tolist()}")
 
 
-def pixel_job(name: str, model: nn.Module, x: Tensor, steps: int, peers: bool) -> Job:
+def pixel_job(name: str, model: nn.Module, x: Tensor, steps: int) -> Job:
     """Both curves over pixels with one baseline."""
     maps = torch.randn(x.shape[0], *x.shape[2:], generator=torch.Generator().manual_seed(1))
 
     def ours() -> xaifast.Curves:
         return xaifast.insertion_deletion(model, x, maps, steps=steps, insertion_baseline=0.0)
 
-    def blurred() -> xaifast.Curves:
-        return xaifast.insertion_deletion(model, x, maps, steps=steps)
-
-    contenders: dict[str, Callable[[], object]] = {"xaifast": ours, "xaifast, blur": blurred}
-    if peers:
-        others = {
-            "rank masks (torch-cam's way)": lambda: by_rank_masks(model, x, maps, steps),
-            "steps in NumPy (RISE's way)": lambda: by_steps(model, x, maps, steps),
-        }
-        check(ours(), {peer: work() for peer, work in others.items()})
-        contenders.update(others)
-        if find_spec("quantus") is not None:
-            peer, work = by_quantus(model, x, maps, steps)
-            contenders[peer] = work
-    return Job(name, model, nested_rows(x, 2 * steps), contenders)
+    peers: dict[str, Callable[[], object]] = {
+        "rank masks (torch-cam's way)": lambda: by_rank_masks(model, x, maps, steps),
+        "steps in NumPy (RISE's way)": lambda: by_steps(model, x, maps, steps),
+    }
+    check(ours(), {peer: work() for peer, work in peers.items()})
+    if find_spec("quantus") is not None:
+        peer, work = by_quantus(model, x, maps, steps)
+        peers[peer] = work
+    return Job(name, model, nested_rows(x, 2 * steps), {"curves": ours}, peers)
 
 
-def resnet_job(peers: bool) -> Job:
+def blur_job(name: str, model: nn.Module, x: Tensor, steps: int) -> Job:
+    """The default: insertion into a blur, deletion to 0, so one evaluation more."""
+    maps = torch.randn(x.shape[0], *x.shape[2:], generator=torch.Generator().manual_seed(1))
+    contenders = {"curves": lambda: xaifast.insertion_deletion(model, x, maps, steps=steps)}
+    return Job(f"{name}, blur", model, nested_rows(x, 2 * steps + 1), contenders)
+
+
+def resnet(make: Callable[..., Job]) -> Job:
     """ResNet-18-like, 64 px, 16 images, 64 steps."""
     torch.manual_seed(0)
-    return pixel_job(
-        "ResNet-18-like 64 px, 16 images, 64 steps", resnet18().eval(), torch.rand(16, 3, 64, 64), 64, peers
-    )
+    return make("ResNet-18-like 64 px, 16 images, 64 steps", resnet18().eval(), torch.rand(16, 3, 64, 64), 64)
 
 
-def lenet_job(peers: bool) -> Job:
+def lenet(make: Callable[..., Job]) -> Job:
     """LeNet-5, 32 px, 64 images, 32 steps."""
     torch.manual_seed(0)
-    return pixel_job("LeNet-5 32 px, 64 images, 32 steps", LeNet5().eval(), torch.rand(64, 1, 32, 32), 32, peers)
+    return make("LeNet-5 32 px, 64 images, 32 steps", LeNet5().eval(), torch.rand(64, 1, 32, 32), 32)
 
 
-def vit_job(peers: bool) -> Job:
+def vit_job() -> Job:
     """ViT-tiny, 224 px, patch 32: a step a patch, 4 images."""
     torch.manual_seed(0)
     model = xaifast.models.VisionTransformer(224, 32, 1000, dim=192, depth=12, heads=3).eval()
@@ -195,34 +191,14 @@ def vit_job(peers: bool) -> Job:
     return Job("ViT-tiny 224 px, 49 patches, 4 images, 49 steps", model, nested_rows(x, 98), contenders)
 
 
-JOBS = {"resnet": resnet_job, "lenet": lenet_job, "vit": vit_job}
-
-
-def main() -> None:
-    """Parse, measure, print, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=sorted(JOBS), default=list(JOBS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    pin_threads(arguments.threads)
-    conditions = describe()
-    print(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    rows = []
-    for name in arguments.jobs:
-        for row in run(JOBS[name](not arguments.no_peers), arguments.rounds, peers=False):
-            rows.append({**row, **conditions})
-            print(
-                f"{row['job']:50s} {row['contender']:30s} {row['ratio_median']:7.3f}  "
-                f"[{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]  {row['seconds_median']:.3f} s "
-                f"(floor {row['floor_seconds_median']:.3f} s at batch {row['floor_batch']})",
-                flush=True,
-            )
-    if arguments.csv:
-        write(arguments.csv, rows)
+JOBS = {
+    "resnet": partial(resnet, pixel_job),
+    "resnet-blur": partial(resnet, blur_job),
+    "lenet": partial(lenet, pixel_job),
+    "lenet-blur": partial(lenet, blur_job),
+    "vit": vit_job,
+}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, JOBS)

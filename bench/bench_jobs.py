@@ -12,7 +12,7 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -76,10 +76,10 @@ def run(job: Job, rounds: int, peers: bool) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
-    """Parse, measure, print, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=sorted(JOBS), default=list(JOBS))
+def main(doc: str, jobs: Mapping[str, Callable[[], Job]]) -> None:
+    """Parse, measure, print, store: the command of every benchmark of jobs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=sorted(jobs), default=list(jobs))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true")
@@ -90,10 +90,10 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
     rows = []
     for name in arguments.jobs:
-        for row in run(JOBS[name](), arguments.rounds, not arguments.no_peers):
+        for row in run(jobs[name](), arguments.rounds, not arguments.no_peers):
             rows.append({**row, **conditions})
             print(
-                f"{row['job']:55s} {row['contender']:20s} {row['ratio_median']:7.3f}  "
+                f"{row['job']:55s} {row['contender']:28s} {row['ratio_median']:7.3f}  "
                 f"[{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]  {row['seconds_median']:.3f} s "
                 f"(floor {row['floor_seconds_median']:.3f} s at batch {row['floor_batch']})",
                 flush=True,
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, JOBS)

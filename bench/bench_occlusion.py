@@ -9,17 +9,12 @@ maps are compared before anything is timed.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from bench_curves import resnet18
-from bench_jobs import run
-from environment import describe, pin_threads
+from bench_jobs import main
 from jobs import Job, LeNet5
-from results import write
 from torch import Tensor, nn
 
 import xaifast
@@ -62,7 +57,7 @@ def rise_loop(model: nn.Module, x: Tensor, masks: Tensor, batch: int) -> Tensor:
     return torch.stack(maps).view(len(x), *masks.shape[1:]) / (len(masks) * 0.5)
 
 
-def occlusion_job(peers: bool) -> Job:
+def occlusion_job() -> Job:
     """ResNet-18's layers, 64 px, window 8, stride 4: 225 windows an image, 4 images."""
     torch.manual_seed(0)
     model, x = resnet18().eval(), torch.randn(4, 3, 64, 64)
@@ -71,35 +66,33 @@ def occlusion_job(peers: bool) -> Job:
         return lambda: xaifast.occlusion(model, x, window=WINDOW, stride=STRIDE, target=3, **options)
 
     contenders = {"occlusion": ours(), "receptive fields": ours(receptive_field=True)}
-    others = {}
-    if peers and find_spec("captum"):
-        others = {f"Captum, {n} a call": captum_occlusion(model, x, n) for n in (1, 8, 32)}
+    others = {f"Captum, {n} a call": captum_occlusion(model, x, n) for n in (1, 8, 32)}
     check({**contenders, **others})
     return Job("ResNet-18 64 px, window 8, stride 4, 4 images", model, occluded_rows(x), contenders, others)
 
 
-def rise_job(name: str, model: nn.Module, x: Tensor, n_masks: int, peers: bool) -> Job:
+def rise_job(name: str, model: nn.Module, x: Tensor, n_masks: int) -> Job:
     """RISE with 7 x 7 cells."""
     law = MaskLaw(tuple(x.shape[2:]), (7, 7), 0.5, 0)
     grids, places = law.draw(0, n_masks)
     masks = law.enlarge(grids.float(), places)
     contenders = {"rise": lambda: xaifast.rise(model, x, n_masks=n_masks, target=3)}
-    others = {"RISE's loop, masks given": lambda: rise_loop(model, x, masks, 100)} if peers else {}
+    others = {"RISE's loop, masks given": lambda: rise_loop(model, x, masks, 100)}
     check({**contenders, **others})
     rows = torch.cat([masks[:, None] * image for image in x])
     return Job(f"{name}, {n_masks} masks", model, rows, contenders, others)
 
 
-def resnet_rise(peers: bool) -> Job:
+def resnet_rise() -> Job:
     """ResNet-18's layers, 64 px, 4 images."""
     torch.manual_seed(0)
-    return rise_job("RISE, ResNet-18 64 px, 4 images", resnet18().eval(), torch.rand(4, 3, 64, 64), 256, peers)
+    return rise_job("RISE, ResNet-18 64 px, 4 images", resnet18().eval(), torch.rand(4, 3, 64, 64), 256)
 
 
-def lenet_rise(peers: bool) -> Job:
+def lenet_rise() -> Job:
     """LeNet-5, 32 px, 16 images."""
     torch.manual_seed(0)
-    return rise_job("RISE, LeNet-5 32 px, 16 images", LeNet5().eval(), torch.rand(16, 1, 32, 32), 1000, peers)
+    return rise_job("RISE, LeNet-5 32 px, 16 images", LeNet5().eval(), torch.rand(16, 1, 32, 32), 1000)
 
 
 JOBS = {"occlusion": occlusion_job, "rise": resnet_rise, "lenet": lenet_rise}
@@ -113,31 +106,5 @@ def check(contenders: dict[str, Callable[[], Tensor]]) -> None:
             raise AssertionError(f"{name} has other maps than {first}, by {(maps - expected).abs().max().item():g}")
 
 
-def main() -> None:
-    """Parse, measure, print, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=sorted(JOBS), default=list(JOBS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    pin_threads(arguments.threads)
-    conditions = describe()
-    print(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    rows = []
-    for name in arguments.jobs:
-        for row in run(JOBS[name](not arguments.no_peers), arguments.rounds, not arguments.no_peers):
-            rows.append({**row, **conditions})
-            print(
-                f"{row['job']:55s} {row['contender']:26s} {row['ratio_median']:7.3f}  "
-                f"[{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]  {row['seconds_median']:.3f} s "
-                f"(floor {row['floor_seconds_median']:.3f} s at batch {row['floor_batch']})",
-                flush=True,
-            )
-    if arguments.csv:
-        write(arguments.csv, rows)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, JOBS)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, IMAGES, README = ROOT / "bench" / "results", ROOT / "docs" / "images", ROOT / "README.md"
 COLOURS = {"wls": "#5e3c99", "adjusted": "#e66101", "permutation": "#999999", "shap": "#1b7837", "captum": "#2166ac"}
 PEERS = ("shap", "captum")
+OURS = ("curves", "pixels", "TokenSelect", "TokenDrop", "occlusion", "receptive fields", "rise")
 
 Rows = Sequence[dict[str, str]]
 
@@ -54,6 +55,21 @@ def jobs_table(rows: Rows) -> str:
     return "\n".join([*lines, "", f"({conditions(rows)}; medians of {_rounds(rows)} rounds.)"])
 
 
+def work_table(rows: Rows) -> str:
+    """Multiples of the bare forward: a line a job, the package's contenders beside everyone else."""
+    lines = ["| work | xaifast | others |", "|---|---|---|"]
+    for job in dict.fromkeys(row["job"] for row in rows):
+        ours, others = [], []
+        for row in (row for row in rows if row["job"] == job):
+            name, ratio = row["contender"], _three(float(row["ratio_median"]))
+            if name in OURS:
+                ours.append(f"{name} **{ratio}**")
+            else:
+                others.append(f"{name} {ratio}")
+        lines.append(f"| {job} | {', '.join(ours)} | {'; '.join(others) or '-'} |")
+    return "\n".join([*lines, "", f"({conditions(rows)}; medians of {_rounds(rows)} rounds.)"])
+
+
 def estimators_table(rows: Rows) -> str:
     """Errors at n = 500, and the time to shap's error at n = 2000."""
     methods = {"wls": "`wls`", "adjusted": "`adjusted` (`auto`)", "captum": "Captum", "shap": "shap"}
@@ -79,6 +95,8 @@ def time_to_error(points: dict[tuple[str, int], dict[str, str]]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "jobs": ("jobs-cpu.csv", jobs_table),
     "estimators": ("estimators-cpu.csv", estimators_table),
+    "curves": ("curves-cpu.csv", work_table),
+    "occlusion": ("occlusion-cpu.csv", work_table),
 }
 
 

@@ -80,7 +80,9 @@ BENCHES = {
         ("seconds_median", "s an image"),
     ),
     "dropin-error": Bench(
-        "bench_dropin_error.py", ("--peers", "shap", "--players", "5", "--seeds", "10"), ("peer", "players", "n", "game"),
+        "bench_dropin_error.py",
+        ("--peers", "shap", "--players", "5", "--seeds", "10"),
+        ("peer", "players", "n", "game"),
         ("ratio", "x peer's error"),
     ),
     "explain": Bench(
