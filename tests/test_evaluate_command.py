@@ -206,7 +206,8 @@ def test_another_model_or_data_is_refused_and_may_have_moved(evaluate, tmp_path)
     recorded = open_run("run").manifest
     (tmp_path / "model").rename(tmp_path / "moved")
     (tmp_path / "x.npz").rename(tmp_path / "there.npz")
-    assert "no such" in evaluate("run").err
+    assert "no such directory: model" in (lost := evaluate("run")).err and "model now lies by --model" in lost.err
+    assert "data now lies by --data" in evaluate("run", "--model", "xaifast:moved").err
     moved = evaluate("run", "--model", "xaifast:moved", "--data", "npz:there.npz", "--limit", 3)
     assert moved.status == 0, moved.err
     torch.manual_seed(1)
@@ -286,7 +287,9 @@ def test_superpixels_beside_patches(evaluate):
 def test_runs_that_do_not_belong_together(evaluate, tmp_path):
     said = evaluate("run", "labels")
     assert said.status == 2 and "one target, got 'predicted' in run and 'label' in labels" in said.err
-    assert "named once" in evaluate("run", "run").err
+    assert "/run more than once; name it once" in evaluate("run", "run").err
+    twice = evaluate("run", "--compare", "random", "random", "--out", "twice")
+    assert twice.status == 0 and open_run("twice").manifest["settings"]["methods"] == ["kernel-shap", "random"]
     assert evaluate("run", "--limit", 3).status == 0
     assert "kind" not in (said := evaluate("run/evaluation")).out and "'evaluation'" in said.err
     assert "manifest.json" in evaluate("nothing").err
@@ -435,6 +438,24 @@ def test_missing_segmentations(evaluate, masks, tmp_path):
     assert "20 of 20 images" in evaluate(*arguments, "--on-error", "skip", "--out", "none").err
 
 
+def test_masks_that_do_not_fit_stop_or_are_left_out(evaluate, masks, tmp_path):
+    Image.fromarray(np.ones((3, 8), np.uint8)).save(tmp_path / "masks" / "11.png")
+    arguments = ["run", "--segmentation", "masks", "--segmentation-format", "pets", "--compare", "random"]
+    fatal = evaluate(*arguments)
+    assert fatal.status == 2 and "mask 11.png of 11 must have the image's size" in fatal.err
+    skipped = evaluate(*arguments, "--on-error", "skip")
+    assert skipped.status == 0 and "macro IoU with segmentation ↑ (19 of 20 inputs)" in skipped.out
+    assert [row["index"] for row in rows_of() if not row["macro_iou"]] == ["11", "11"]
+
+
+@pytest.mark.parametrize(("form", "side"), [("binary", "object"), ("cub", "background")])
+def test_masks_read_in_the_wrong_way_are_noted(evaluate, masks, form, side):
+    arguments = ["run", "--segmentation", "masks", "--compare", "--limit", 9, "--segmentation-format"]
+    said = evaluate(*arguments, form)
+    assert f"note: the first segmentations hold nothing but {side}, read as {form}" in said.out
+    assert "nothing but" not in evaluate(*arguments, "pets", "--out", "right").out
+
+
 @pytest.fixture
 def photos(evaluate, tmp_path):
     """Images, one of which cannot be read, and a model of one's own."""
@@ -568,6 +589,18 @@ def test_arguments_that_do_not_parse(evaluate):
         with pytest.raises(SystemExit) as stop:
             evaluate(*wrong)
         assert stop.value.code == 2
+
+
+def test_one_input(evaluate):
+    said = evaluate("run", "--limit", 1, report=True)
+    assert said.status == 0 and not re.search(r"\bnan\b|ranked|±", said.out)
+
+
+def test_missing_packages_are_said_before_the_work(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    said = evaluate("run", "--format", "parquet")
+    assert said.status == 2 and "needs pyarrow; pip install 'xaifast[data]'" in said.err
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 def test_quiet_says_nothing(evaluate):

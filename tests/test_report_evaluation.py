@@ -100,9 +100,10 @@ def test_ranking_of_equal_missing_and_single_scores():
     missing[3, 0] = np.nan
     ranking = rank_methods(missing)
     assert ranking.n == 8 and np.allclose(ranking.mean[1], np.delete(missing[:, 1], 3).mean())
-    assert rank_methods(np.full((2, 2), np.nan)).n == 0
-    one = rank_methods(np.array([[1.0, 2.0]]))
-    assert one.first.tolist() == [0, 1] and one.high[0] == -1
+    none = rank_methods(np.full((2, 2), np.nan))
+    assert none.n == 0 and np.isnan([none.mean, none.first, none.high]).all()
+    one = rank_methods(np.array([[1.0, 2.0]]))  # shows which is better there, but not how surely
+    assert one.best == 1 and one.difference.tolist() == [-1, 0] and np.isnan([one.first, one.low, one.high]).all()
     with pytest.raises(ValueError, match=r"\[n, R\]"):
         rank_methods(np.zeros(3))
 
@@ -125,6 +126,7 @@ def test_reading_leaves_out_what_is_missing(tmp_path):
 
 
 def test_names_of_any_kind_are_written(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
     store = make_evaluation(tmp_path / "e", n=1, methods=['a,"b'])
     tensors, notes = store.chunk(0), ['a "quoted",\nbroken \udcff name.png']
     store.chunk_path(0).unlink()
@@ -133,6 +135,8 @@ def test_names_of_any_kind_are_written(tmp_path):
     store.close()
     text = write_scores(store, tmp_path / "scores.csv").read_text(errors="surrogateescape")
     assert '"a ""quoted"",\nbroken \udcff name.png"' in text and '"a,""b"' in text
+    table = parquet.read_table(write_scores(store, tmp_path / "scores.parquet", "parquet"))
+    assert table["name"].to_pylist() == ['a "quoted",\nbroken \\udcff name.png']  # Parquet holds valid UTF-8 alone
 
 
 def report(tmp_path, evaluation, run=None):
@@ -217,6 +221,46 @@ def test_ranks_and_cases_follow_the_order(tmp_path):
         assert best == [f"pets/{i}.png" for i in (11, 10, 9, 8)] and worst == [f"pets/{i}.png" for i in (0, 1, 2, 3)]
 
 
+def test_methods_that_differ_little_are_told_apart(tmp_path):
+    auc = torch.rand(N, 1) + torch.tensor([0.0, -2e-4, -3e-4])
+    content = part(make_evaluation(tmp_path, insertion_auc=auc))
+    rows = {row["name"]: row for row in content["rankings"][0]["rows"]}
+    assert rows["random"]["difference"] == "−0.000200 [−0.000200, −0.000200]"
+    assert rows["rise"]["mean"] == f"{auc[:, 2].double().mean():.6f}"
+
+
+def test_one_input_is_no_ranking(tmp_path):
+    content = part(make_evaluation(tmp_path, n=1))
+    for ranking in content["rankings"]:
+        assert "[" not in "".join(row["difference"] for row in ranking["rows"])
+        assert all(np.isnan(row["first_share"]) and row["at"][0] is None for row in ranking["rows"])
+    assert "100 %" not in parse(report(tmp_path / "r", open_run(tmp_path))).plain.split("ranked first")[1]
+
+
+def test_curves_of_inputs_are_drawn_on_a_scale_that_holds_them(tmp_path):
+    means = 0.5 + torch.rand(N, 3, S + 1) / 100
+    insertion = means + torch.where(torch.arange(N) % 2 == 0, 0.4, -0.4)[:, None, None]
+    content = part(make_evaluation(tmp_path, insertion=insertion, deletion=means))
+    (best, worst) = content["images"]
+    assert best["note"].endswith("from 0 to 1")
+    for tile in best["tiles"] + worst["tiles"]:
+        index = int(re.search(r"\d+", tile["name"])[0])
+        drawn = points(tile["curves"]["insertion"])
+        assert np.allclose(1 - drawn[:, 1] / 40, insertion[index, 0], atol=0.002)
+
+
+def test_long_ticks_have_room(tmp_path):
+    flat = 0.58 + torch.rand(N, 3, S + 1) / 1000
+    content = part(make_evaluation(tmp_path, insertion=flat, deletion=flat))
+    texts = [text for _, text in content["plots"][0]["y"]]
+    assert max(map(len, texts)) >= 6 and content["frame"][0] >= 6 + 7 * max(map(len, texts))
+
+
+def test_models_of_one_output_have_no_class(tmp_path):
+    store = make_evaluation(tmp_path, target=torch.full((N,), -1))
+    assert part(store)["plots"][0]["score"] == "output of the model"
+
+
 def test_chance_is_grey_and_others_have_colours(tmp_path):
     styles = {method["name"]: method["style"] for method in part(make_evaluation(tmp_path))["methods"]}
     assert styles == {"kernel-shap": "m0", "random": "chance", "rise": "m1"}
@@ -229,13 +273,18 @@ def test_segmentations_of_some_images(tmp_path):
     ranking = content["rankings"][-1]
     assert ranking["title"].startswith("Macro IoU") and ranking["n"] == 11
     means = {row["name"]: row["mean"] for row in ranking["rows"]}
-    assert means["rise"] == pytest.approx(float(iou[:, 2].double().nanmean()))
+    assert means["rise"] == f"{iou[:, 2].double().nanmean():.3f}"
+    html = report(tmp_path / "r", open_run(tmp_path))
+    assert "11 inputs that have it" in parse(html).plain
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "options",
     [
-        {"n": 1}, {"n": 2, "methods": ["kernel-shap"]}, {"skipped": range(12)}, {"finished": [1]},
+        {"n": 1},
+        {"macro_iou": torch.full((N, 3), torch.nan)},
+        {"n": 2, "methods": ["kernel-shap"]}, {"skipped": range(12)}, {"finished": [1]},
         {"insertion": torch.zeros(N, 3, S + 1), "deletion": torch.zeros(N, 3, S + 1)},
         {"methods": [f"method {i}" for i in range(9)]},
         {"fractions": torch.rand(N, S + 1, dtype=torch.float64).sort(1).values},

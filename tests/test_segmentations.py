@@ -169,7 +169,7 @@ def test_masks_that_cannot_be_read_stop_or_are_nan(photos, tmp_path):
     (tmp_path / "masks" / "1.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="mask 1.png of 1.png cannot be read.*--on-error skip"):
         InputLoader(data, plain(), image_size=(8, 8), segmentations=segmentations)(0, 3)
-    masks = InputLoader(data, plain(), image_size=(8, 8), segmentations=segmentations, skip=True)(0, 3).masks
+    masks = InputLoader(data, plain(), image_size=(8, 8), segmentations=segmentations, skip_masks=True)(0, 3).masks
     assert masks.isnan().flatten(1).all(1).tolist() == [False, True, False] and not masks[[0, 2]].isnan().any()
 
 

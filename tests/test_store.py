@@ -295,6 +295,20 @@ def test_what_a_kill_left_goes_away(tmp_path):
     second.close()
 
 
+def test_another_run_inside_is_left_alone(tmp_path):
+    inner = Store(tmp_path / "run" / "evaluation", MANIFEST, STATIC)
+    writing = inner.chunk_path(0).with_name(".000000.safetensors.0.tmp")
+    writing.write_bytes(b"half")
+    Store(tmp_path / "run", MANIFEST, STATIC).close()
+    assert writing.exists()
+    inner.close()
+
+
+def test_runs_without_the_name_of_the_label_are_taken_up(tmp_path):
+    Store(tmp_path, MANIFEST, STATIC).close()
+    Store(tmp_path, {**MANIFEST, "data": {**MANIFEST["data"], "label": "sick"}}, STATIC).close()
+
+
 def test_wrong_lengths_are_refused(tmp_path):
     store = Store(tmp_path, MANIFEST, STATIC)
     with pytest.raises(ValueError, match=r"chunk 2 holds 2 inputs.*values"):

@@ -18,6 +18,8 @@ from .run import FORMAT, Run, StoreError, checksum
 
 _DECIDES = ("format", "kind", "method", "n_items", "seed", "model", "data", "settings", "static")
 _REMARKS = ("versions", "threads", "device")
+_HASHED = ("model.spec", "data.spec", "data.label")  # where things lie; what they are is in the hashes
+_FOLDERS = ("chunks", "rows", "log")
 
 
 class Store(Run):
@@ -42,12 +44,13 @@ class Store(Run):
         self.directory, self.rank, self.world = Path(directory), rank, world
         manifest = {"format": FORMAT, **manifest, "static": checksum(static)}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        for folder in ("chunks", "rows", "log"):
+        for folder in _FOLDERS:
             self._disk(lambda path=self.directory / folder: path.mkdir(parents=True, exist_ok=True))
         self._lock()
         try:
-            for left in self.directory.rglob(f".*.{rank}.tmp"):  # by a kill; whoever holds the lock is alone with them
-                left.unlink()
+            for folder in (".", *_FOLDERS):  # not those of a run inside this one, which has a lock of its own
+                for left in (self.directory / folder).glob(f".*.{rank}.tmp"):  # by a kill: the lock's holder is alone
+                    left.unlink()
             chunks = any((self.directory / "chunks").iterdir())  # asked first: the manifest is older than any chunk
             if not (self.directory / "manifest.json").exists():
                 if chunks:
@@ -164,7 +167,7 @@ class Store(Run):
             f"{key} was {_short(old)}, is {_short(new)}"
             for section in _DECIDES
             for key, old, new in _differences(section, there.get(section), manifest.get(section))
-            if key not in ("model.spec", "data.spec")  # where they lie; what they are is in the hashes
+            if key not in _HASHED
         ]
         if changed:
             raise StoreError(

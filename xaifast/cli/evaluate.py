@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
+from ..data.base import require
 from ..data.segmentations import FORMS
 from ..evaluation.bootstrap import rank_methods
 from ..evaluation.dataset import COMPARED
@@ -68,6 +71,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     args.out = args.out or args.runs[0] / "evaluation"
+    if args.format == "parquet":  # said before the work
+        require("pyarrow", "data", "xaifast evaluate --format parquet")
     set_threads(args)
     job = prepare(args, choose_device(args.device))
     carry_out(args, job, lambda store: _finish(args, job, store), description="evaluate")
@@ -97,19 +102,23 @@ def _finish(args: argparse.Namespace, job: EvaluationJob, store: Store) -> None:
 def table(scores: Scores, seed: int) -> str:
     """Means of all scores with half of their 95 % intervals, and the share of resamples that put a method first.
 
-    Arrows say which end of a score is better.
+    Arrows say which end of a score is better; a count in brackets, how many inputs have it if not all do.
     """
     width = max(map(len, scores.methods))
     lines = []
-    for name in scores.values:
+    for name, values in scores.values.items():
         better = scores.larger_is_better(name)
         mean, band = scores.means(name)
-        arrow = {True: " ↑", False: " ↓", None: ""}[better]
-        lines.append(f"{scores.title(name)}{arrow}")
-        first = [None] * len(mean)
+        title = scores.title(name) + {True: " ↑", False: " ↓", None: ""}[better]
+        first = np.full(len(mean), np.nan)
         if better is not None and len(mean) > 1:
-            first = rank_methods(scores.values[name], larger_is_better=better, seed=seed).first
+            ranking = rank_methods(values, larger_is_better=better, seed=seed)
+            first = ranking.first
+            if ranking.n < len(values):
+                title += f" ({ranking.n:,} of {len(values):,} inputs)"
+        lines.append(title)
         for method, m, b, share in zip(scores.methods, mean, band, first, strict=True):
-            ranked = "" if share is None else f"   ranked first {share:.1%}"
-            lines.append(f"  {method:{width}}  {m:8.4f} ± {b:.4f}{ranked}")
+            line = f"  {method:{width}}  {m:8.4f}"
+            line += f" ± {b:.4f}" if np.isfinite(b) else ""
+            lines.append(line + (f"   ranked first {share:.1%}" if np.isfinite(share) else ""))
     return "\n".join(lines)

@@ -62,7 +62,8 @@ def prepare(args: argparse.Namespace, device: str) -> EvaluationJob:
     runs, n_items = open_runs(args.runs, args.limit)
     segmentations = Segmentations(args.segmentation, args.segmentation_format) if args.segmentation else None
     model = open_model(runs[0], args.model, device)
-    inputs = open_inputs(runs[0], model, args.data, segmentations)
+    skip = args.on_error == "skip"
+    inputs = open_inputs(runs[0], model, args.data, segmentations, skip_masks=skip)
     masks = [run.static.get("feature_mask") for run in runs]
     shape = inputs.first(1).shape[1:]
     spatial = len(shape) == 3
@@ -72,8 +73,10 @@ def prepare(args: argparse.Namespace, device: str) -> EvaluationJob:
             "them out"
         )
     by_player = not spatial or _by_player(args, runs, masks)
-    loader = ExplainedInputs(inputs, runs, by_player=by_player, skip=args.on_error == "skip")
+    notes = [] if segmentations is None else _missing(segmentations, inputs, n_items, skip=skip)
+    loader = ExplainedInputs(inputs, runs, by_player=by_player, skip=skip)
     first = loader.first(n_items, PROBE)
+    notes += [] if segmentations is None else _one_sided(segmentations, first.batch.masks)
     example = first.batch.inputs.to(device)
     n_outputs = n_outputs_of(model, example)
     one_output = n_outputs in (None, 1)
@@ -112,7 +115,6 @@ def prepare(args: argparse.Namespace, device: str) -> EvaluationJob:
     compute.scores = _scores(len(methods), one_baseline=probe.one_baseline, segmented=segmentations is not None)
     curve_evaluations = probe.n_evaluations + 2 * (compute.steps - 1)
     evaluations = len(methods) * curve_evaluations + sum(_cost(name, compute, example) for name in compared)
-    notes = [] if segmentations is None else _missing(segmentations, inputs, n_items, skip=args.on_error == "skip")
     manifest = {
         "kind": "evaluation",
         "method": "insertion-deletion",
@@ -192,7 +194,7 @@ def _compared(args: argparse.Namespace, model: LoadedModel, example: Tensor, tar
         raise ValueError(f"{_CALLER}: --compare rise is for images, got {list(example.shape[1:])}; leave it out")
     if "gradient-x-input" in args.compare and not is_differentiable(model.forward, example, target):
         raise ValueError(f"{_CALLER}: {model.spec} has no gradient; leave gradient-x-input out of --compare")
-    return list(args.compare)
+    return list(dict.fromkeys(args.compare))
 
 
 def _baselines(
@@ -316,6 +318,17 @@ def _missing(segmentations: Segmentations, inputs: InputLoader, n_items: int, *,
         remedy = "check the directory" if len(reasons) == n_items else "add them, or pass --on-error skip"
         raise ValueError(f"{_CALLER}: {said}; {remedy}")
     return [f"note: {said}; they are left out of what is compared with segmentations"]
+
+
+def _one_sided(segmentations: Segmentations, masks: Tensor) -> list[str]:
+    """A note where the first masks, ``[b, H, W]``, look as if they were read in a wrong way."""
+    found = masks[masks.isfinite()].unique()
+    if len(found) != 1:
+        return []
+    return [
+        f"note: the first segmentations hold nothing but {'object' if found.item() else 'background'}, read as "
+        f"{segmentations.form} ({FORMS[segmentations.form]}); check --segmentation-format"
+    ]
 
 
 def _described(segmentations: Segmentations, patch: int | None) -> dict:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,12 +73,13 @@ def _compare(first: Run, other: Run) -> None:
 
 def method_names(runs: Sequence[Run], compared: Sequence[str]) -> list[str]:
     """A name for each run, its method if that tells them apart, else its directory; then those made on the fly."""
-    names = [run.manifest["method"] for run in runs]
-    for choice in (lambda path: path.name, str):
-        if len({*names, *compared}) < len(names) + len(compared):
-            names = [choice(run.directory.resolve()) for run in runs]
-    if len({*names, *compared}) < len(names) + len(compared):
-        raise ValueError(f"{_CALLER}: every method must be named once, got {', '.join([*names, *compared])}")
+    paths = [run.directory.resolve() for run in runs]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{_CALLER}: runs must be different ones, got {twice} more than once; name it once")
+    for names in ([run.manifest["method"] for run in runs], [path.name for path in paths], list(map(str, paths))):
+        if len({*names, *compared}) == len(names) + len(compared):
+            break
     return [*names, *compared]
 
 
@@ -85,9 +87,10 @@ def open_model(run: Run, spec: str | None, device: str) -> LoadedModel:
     """The model a run explained, wherever it lies now.
 
     Raises:
-        StoreError: it is another one; both hashes are shown.
+        StoreError: it is another one, both hashes are shown, or it lies elsewhere now.
     """
-    model = load_model(spec or run.manifest["model"]["spec"], device=device)
+    with _where(run, "model", spec):
+        model = load_model(spec or run.manifest["model"]["spec"], device=device)
     _same(run, "model", model.spec, model.fingerprint)
     return model
 
@@ -97,19 +100,22 @@ def open_inputs(
     model: LoadedModel,
     spec: str | None,
     segmentations: Segmentations | None,
+    *,
+    skip_masks: bool,
 ) -> InputLoader:
-    """The data a run explained, preprocessed as it was.
+    """The data a run explained, preprocessed as it was; masks of NaN where there are none if ``skip_masks``.
 
     Raises:
-        StoreError: the data or their preprocessing are others.
+        StoreError: the data or their preprocessing are others, or they lie elsewhere now.
     """
     recorded, settings = run.manifest["data"], run.manifest["settings"]
     table = recorded["kind"] == "table"
-    data: DataSource = open_data(
-        spec or recorded["spec"],
-        columns=recorded["feature_names"] if table else None,
-        label=recorded.get("label"),
-    )
+    with _where(run, "data", spec):
+        data: DataSource = open_data(
+            spec or recorded["spec"],
+            columns=recorded["feature_names"] if table else None,
+            label=recorded.get("label"),
+        )
     _same(run, "data", data.spec, data.fingerprint())
     given = settings.get("preprocessing") or {}
     own = data.kind == "images" and model.preprocess is None
@@ -121,6 +127,7 @@ def open_inputs(
         std=given.get("image_std") if own else None,
         skip=True,
         segmentations=segmentations,
+        skip_masks=skip_masks,
     )
     if json.loads(json.dumps(loader.preprocessing)) != settings.get("preprocessing"):
         raise StoreError(
@@ -128,6 +135,20 @@ def open_inputs(
             f"{loader.preprocessing}; restore the model's preprocessing"
         )
     return loader
+
+
+@contextmanager
+def _where(run: Run, what: str, spec: str | None) -> Iterator[None]:
+    """Says by which option to name what is no longer where it was."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if spec is not None:
+            raise
+        raise StoreError(
+            f"{error}; {run.directory} explained {run.manifest[what]['spec']!r}: go where it was explained, or say "
+            f"where the {what} now lies by --{what}"
+        ) from error
 
 
 def _same(run: Run, what: str, spec: str, sha256: str) -> None:

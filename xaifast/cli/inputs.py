@@ -25,7 +25,8 @@ class InputLoader:
         segments: Superpixels wanted of each image, or None.
         skip: Whether inputs that cannot be read are left out; else they raise.
         segmentations: Loaded with the images and resized and cropped as they are. An image whose mask is missing or
-            cannot be read has one of NaN, or raises unless ``skip``.
+            cannot be read raises.
+        skip_masks: Whether it has a mask of NaN instead.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class InputLoader:
         segments: int | None = None,
         skip: bool = False,
         segmentations: Segmentations | None = None,
+        skip_masks: bool = False,
     ) -> None:
-        self.data, self._segments, self._skip, self._segmentations = data, segments, skip, segmentations
+        self.data, self._segments, self._skip = data, segments, skip
+        self._segmentations, self._skip_masks = segmentations, skip_masks
         self._mean, self._std = mean, std
         self._preprocess: Callable[[list[object]], Tensor] = torch.stack
         self._preprocess_masks: Callable[[list[np.ndarray]], Tensor] | None = _stack_masks
@@ -104,7 +107,7 @@ class InputLoader:
             try:
                 codes = self._segmentations.load(name, _size_of(item))
             except ValueError as error:
-                if self._skip:
+                if self._skip_masks:
                     continue
                 raise ValueError(
                     f"xaifast: {error}; mend or add it, or pass --on-error skip to leave the image out of what is "

@@ -43,7 +43,8 @@ def rank_methods(
         seed: Of the drawing.
 
     Returns:
-        `Ranking`; NaN where no image is left, ``first`` then 0.
+        `Ranking`; only ``mean`` and ``difference`` where one image is left, of which nothing can be resampled, and NaN
+        where none is.
 
     Raises:
         ValueError: scores are not ``[n, R]`` with at least one method.
@@ -62,11 +63,11 @@ def rank_methods(
         raise ValueError(f"xaifast.rank_methods: scores must be [n, R] with R >= 1, got {list(scores.shape)}")
     scores = scores[np.isfinite(scores).all(1)]
     n, n_methods = scores.shape
-    if n == 0:
-        nan = np.full(n_methods, np.nan)
-        return Ranking(nan, np.zeros(n_methods), nan, nan, nan, 0, 0)
-    mean = scores.mean(0)
+    nan = np.full(n_methods, np.nan)
+    mean = scores.mean(0) if n else nan
     best = int(mean.argmax() if larger_is_better else mean.argmin())
+    if n < 2:
+        return Ranking(mean, nan, mean - mean[best], nan, nan, best, n)
     gaps = scores - scores[:, [best]]  # of one image, so that methods that are equal stay so in every sum
     rng, block = np.random.Generator(np.random.Philox(seed)), max(1, _BLOCK_COUNTS // n)
     parts = []

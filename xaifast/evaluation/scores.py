@@ -161,6 +161,8 @@ def write_scores(run: Run, path: Path, form: str = "csv") -> Path:
     if form == "parquet":
         pyarrow = require("pyarrow", "data", "xaifast.write_scores")
         parquet = require("pyarrow.parquet", "data", "xaifast.write_scores")
+        for name in ("name", "method"):  # of files and folders, which may be any bytes
+            columns[name] = [text.encode(errors="backslashreplace").decode() for text in columns[name]]
         arrays = {name: pyarrow.array(x, mask=np.isnan(x)) for name, x in numbers.items()}
         parquet.write_table(pyarrow.table({**columns, **arrays}), path)
         return path

@@ -52,7 +52,9 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {name: getattr(formats, name) for name in ("number", "percent", "duration", "count")}
+    environment.filters |= {
+        name: getattr(formats, name) for name in ("number", "fixed", "percent", "duration", "count")
+    }
     template = environment.get_template("report.html")
     report = Report(run, inputs, evaluation)
     for side in _SIDES:

@@ -13,12 +13,13 @@ from ..evaluation.bootstrap import Ranking, rank_methods
 from ..evaluation.scores import Scores, read_curves, read_scores
 from ..metrics import MeanCurves
 from ..run import Run
-from .formats import count, flatten
+from .formats import count, fixed, flatten
 
 N_IMAGES = 4  # of the best and of the worst
 N_COLOURS = 6
 _WIDTH, _HEIGHT = 460, 300  # of a plot, in its own units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 20, 10, 38
+_RIGHT, _TOP, _BOTTOM = 20, 10, 38
+_SMALL = 40  # height of an input's plot, a hundred wide
 _HIDDEN = ("methods", "scores", "runs", "preprocessing", "target", "features", "curve_evaluations")
 
 
@@ -65,7 +66,7 @@ class EvaluationPart:
             "methods": [self._method(m) for m in range(len(self.methods))],
             "plots": [self.plot(kind) for kind in ("insertion", "deletion")],
             "size": (_WIDTH, _HEIGHT),
-            "frame": (_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
+            "frame": (self._left, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
             "rankings": self.rankings,
             "others": self.others(),
             "images": self.images(),
@@ -96,6 +97,11 @@ class EvaluationPart:
         ends = np.concatenate([mean + sign * np.nan_to_num(band) for mean, band in drawn for sign in (-1, 1)])
         return _Axis.over(ends if self.settings["score"] == "logit" else ends.clip(0, 1))
 
+    @cached_property
+    def _left(self) -> int:
+        """Room for the texts at the axis."""
+        return max(40, 12 + 7 * max(len(_tick(tick)) for tick in self._axis.ticks))
+
     def _means(self, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Mean curve and half of its band of each method, ``[S + 1]``."""
         names = (kind, f"{kind}_band")
@@ -118,7 +124,7 @@ class EvaluationPart:
             "score": self._score,
             "lines": lines,
             "x": [(float(at), f"{100 * share:.0f} %") for at, share in zip(self._x(shares), shares, strict=True)],
-            "y": [(float(self._y(np.array(tick))), f"{tick:g}".replace("-", "−")) for tick in self._axis.ticks],
+            "y": [(float(self._y(np.array(tick))), _tick(tick)) for tick in self._axis.ticks],
         }
 
     @cached_property
@@ -132,26 +138,26 @@ class EvaluationPart:
         ranking: Ranking = rank_methods(
             self.scores.values[name], larger_is_better=better, seed=self.run.manifest["seed"]
         )
-        ends = np.nan_to_num(np.concatenate([ranking.low, ranking.high]))
-        low, high = min(ends.min(), 0.0), max(ends.max(), 0.0)
+        gaps = np.stack([ranking.low, ranking.difference, ranking.high])
+        low, high = min(np.nanmin(gaps, initial=0.0), 0.0), max(np.nanmax(gaps, initial=0.0), 0.0)
         room = (high - low) or 1.0
+        decimals = min(6, max(3, 2 - math.floor(math.log10(room))))  # three digits of what methods differ by
 
-        def at(value: float) -> float:
-            return 2 + 96 * (float(np.nan_to_num(value)) - low) / room
+        def at(value: float) -> float | None:
+            return 2 + 96 * (float(value) - low) / room if np.isfinite(value) else None
 
         rows = []
         order = np.argsort(np.nan_to_num(-ranking.mean if better else ranking.mean), kind="stable")
         for m in order.tolist():
+            below, gap, above = (fixed(x, decimals, signed=True) for x in gaps[:, m])
             rows.append(
                 {
                     **self._method(m),
-                    "mean": float(ranking.mean[m]),
-                    "difference": "{} [{}, {}]".format(
-                        *(_signed(float(x[m])) for x in (ranking.difference, ranking.low, ranking.high))
-                    ),
+                    "mean": fixed(ranking.mean[m], decimals),
+                    "difference": f"{gap} [{below}, {above}]" if np.isfinite(ranking.low[m]) else gap,
                     "first_share": float(ranking.first[m]),
                     "best": m == ranking.best,
-                    "at": (at(ranking.low[m]), at(ranking.difference[m]), at(ranking.high[m])),
+                    "at": tuple(map(at, gaps[:, m])),
                 }
             )
         return {
@@ -180,27 +186,28 @@ class EvaluationPart:
         order = known[np.lexsort((self.scores.index[known], -score[known]))]
         worst = order[::-1][: min(N_IMAGES, len(order) // 2)]
         groups = [("Best", order[: min(N_IMAGES, -(-len(order) // 2))]), ("Worst", worst)]
+        stored = {i: self.run[int(self.scores.index[i])] for _, rows in groups for i in rows.tolist()}
+        drawn = [row[kind][0].double().numpy() for row in stored.values() for kind in ("insertion", "deletion")]
+        axis = _Axis.over(np.concatenate(drawn)) if drawn else self._axis
+        ends = f"from {_tick(axis.low)} to {_tick(axis.high)}"
         return [
             {
                 "title": f"{title} inputs of {self.methods[0]}",
-                "note": f"by the {self.scores.title(name)}",
-                "tiles": [self._image(i) for i in rows.tolist()],
+                "note": f"by the {self.scores.title(name)}; curves: insertion solid, deletion dashed, {ends}",
+                "tiles": [self._image(i, stored[i], axis) for i in rows.tolist()],
             }
             for title, rows in groups
             if len(rows)
         ]
 
-    def _image(self, i: int) -> dict:
-        index = int(self.scores.index[i])
-        stored = self.run[index]
-        x = 100 * stored["fractions"].numpy()
-        low, high = self._axis.low, self._axis.high
+    def _image(self, i: int, stored: dict, axis: _Axis) -> dict:
+        index, x = int(self.scores.index[i]), 100 * stored["fractions"].numpy()
         curves = {}
         for kind in ("insertion", "deletion"):
-            y = 40 * (1 - (stored[kind][0].double().numpy() - low) / (high - low))
-            curves[kind] = _path(x, np.clip(y, 0, 40))
-        areas = [(self.scores.title(name), float(self.scores.values[name][i, 0])) for name in self._ranked]
-        return {"name": self.run.name(index), "tile": self._tile(index), "curves": curves, "areas": areas}
+            height = (stored[kind][0].double().numpy() - axis.low) / (axis.high - axis.low)
+            curves[kind] = _path(x, _SMALL * (1 - height))
+        found = [(self.scores.title(name), float(self.scores.values[name][i, 0])) for name in self._ranked]
+        return {"name": self.run.name(index), "tile": self._tile(index), "curves": curves, "scores": found}
 
     def conventions(self) -> str:
         """How the curves were taken, in a sentence."""
@@ -219,6 +226,8 @@ class EvaluationPart:
 
     @property
     def _score(self) -> str:
+        if (self.scores.target < 0).all():
+            return "output of the model"
         target = {"label": "labelled class", "predicted": "predicted class", "all": "predicted class"}.get(
             str(self.settings["target"]), "explained class"
         )
@@ -237,7 +246,7 @@ class EvaluationPart:
         return flatten(shown)
 
     def _x(self, share: np.ndarray) -> np.ndarray:
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return self._left + share * (_WIDTH - self._left - _RIGHT)
 
     def _y(self, value: np.ndarray) -> np.ndarray:
         return (
@@ -251,10 +260,8 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _signed(x: float) -> str:
-    """Three decimals with their sign; none at zero."""
-    text = f"{x:+.3f}".replace("-", "−")
-    return text if float(f"{x:.3f}") else "0.000"
+def _tick(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
 
 
 def evaluation_part(run: Run | None, tile: Callable[[int], dict | None]) -> EvaluationPart | None:

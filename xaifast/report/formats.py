@@ -24,6 +24,19 @@ def number(x: float, signed: bool = False) -> str:
     return (MINUS if x < 0 else "+" if signed and x > 0 else "") + text
 
 
+def fixed(x: float, decimals: int = 3, signed: bool = False) -> str:
+    """So many decimals; no sign where they are all zero, an en dash for NaN.
+
+    Example:
+        >>> fixed(-1.23456), fixed(0.5, 1, signed=True), fixed(-1e-9), fixed(float("nan"))
+        ('−1.235', '+0.5', '0.000', '–')
+    """
+    if not math.isfinite(x):
+        return "\N{EN DASH}"
+    text = f"{abs(x):.{decimals}f}"
+    return ("" if not float(text) else MINUS if x < 0 else "+" if signed else "") + text
+
+
 def percent(x: float) -> str:
     """A share with two digits.
 
