@@ -14,7 +14,8 @@ if(OpenMP_CXX_FOUND)
   target_link_libraries(xaifast_cpu_flags INTERFACE OpenMP::OpenMP_CXX)
 endif()
 
-set(_isa_sources csrc/cpu/select.cpp csrc/cpu/compact.cpp csrc/cpu/cubic.cpp)
+set(_isa_sources csrc/cpu/select.cpp csrc/cpu/compact.cpp csrc/cpu/cubic.cpp csrc/cpu/philox.cpp csrc/cpu/pack.cpp
+    csrc/cpu/perturb.cpp csrc/cpu/occlude.cpp)
 set(XAIFAST_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   foreach(_isa v3 v4)
@@ -25,7 +26,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   endforeach()
 endif()
 
-pybind11_add_module(_cpu MODULE NO_EXTRAS csrc/bindings/cpu.cpp csrc/cpu/coalitions.cpp csrc/cpu/dispatch.cpp)
+pybind11_add_module(_cpu MODULE NO_EXTRAS csrc/bindings/cpu.cpp csrc/cpu/coalitions.cpp csrc/cpu/dispatch.cpp
+  csrc/cpu/rank.cpp)
 target_link_libraries(_cpu PRIVATE xaifast_cpu_flags)
 foreach(_isa ${XAIFAST_ISAS})
   add_library(xaifast_${_isa} OBJECT ${_isa_sources})

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import torch  # noqa: F401  (first: the native kernels share its OpenMP runtime)
 
-from . import models, ops, removal
-from .attribution import ShapleyResult, kernel_shap
+from . import metrics, models, ops, removal
+from .attribution import ShapleyResult, feature_ablation, kernel_shap, occlusion, rise
+from .metrics import Curves, insertion_deletion
+from .ops import quantile_masks
 from .players import grid_mask
 from .removal import Background
 from .run import open_run
+from .trajectory import Trajectory
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Background",
+    "Curves",
     "ShapleyResult",
+    "Trajectory",
     "__version__",
+    "feature_ablation",
     "grid_mask",
+    "insertion_deletion",
     "kernel_shap",
+    "metrics",
     "models",
+    "occlusion",
     "open_run",
     "ops",
+    "quantile_masks",
     "removal",
+    "rise",
 ]

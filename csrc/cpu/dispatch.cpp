@@ -4,14 +4,20 @@
 
 namespace xaifast {
 
+#define XAIFAST_KERNELS(isa)                                                                             \
+  Kernels {                                                                                              \
+    #isa, isa::select_rows, isa::compact_rows, isa::cubic_regression, isa::philox_words, isa::pack_bits, \
+        isa::unpack_bits, isa::perturb_rows, isa::occlude_step, isa::occlude_certify                     \
+  }
+
 int compiled_kernels(Kernels (&table)[kMaxIsas]) {
   int count = 0;
-  table[count++] = {"baseline", baseline::select_rows, baseline::compact_rows, baseline::cubic_regression};
+  table[count++] = XAIFAST_KERNELS(baseline);
 #if defined(XAIFAST_HAVE_V3)
-  table[count++] = {"v3", v3::select_rows, v3::compact_rows, v3::cubic_regression};
+  table[count++] = XAIFAST_KERNELS(v3);
 #endif
 #if defined(XAIFAST_HAVE_V4)
-  table[count++] = {"v4", v4::select_rows, v4::compact_rows, v4::cubic_regression};
+  table[count++] = XAIFAST_KERNELS(v4);
 #endif
   return count;
 }
