@@ -70,6 +70,15 @@ def test_targets_and_perturbations_per_eval(per_eval, target):
     same("Occlusion", net, x, (2, 2), (2, 1), base, target, perturbations_per_eval=per_eval)
 
 
+@pytest.mark.parametrize("target", [[2, 1, 0], torch.tensor([0, 2, 1]), [1], torch.tensor([2]), 1, (2,)])
+def test_shapley_values_of_targets_have_captums_shape(target):
+    one = isinstance(target, list | torch.Tensor) and len(target) == 1
+    net, x = IntegerNet(4), integers(1 if one else 3, 2, 2)
+    ours, theirs = both("ShapleyValueSampling", net, x, target=target, n_samples=30)
+    assert ours.shape == theirs.shape == x.shape
+    torch.testing.assert_close(ours.sum((1, 2)), theirs.sum((1, 2)), rtol=1e-5, atol=1e-3)  # both add up to the drop
+
+
 def test_masks_of_each_input():
     x = integers(3, 2, 5)
     masks = torch.randint(3, 9, (3, 2, 5), generator=torch.Generator().manual_seed(1))
@@ -220,6 +229,13 @@ def test_errors_are_of_captums_kinds(name, args, kwargs):
     assert isinstance(mine, kind)
     if not isinstance(mine, IndexError | RuntimeError):  # torch's own
         assert str(mine).startswith(f"xaifast.compat.captum.{name}: ")
+
+
+@pytest.mark.parametrize("target", [0, (1,), [0, 0], torch.tensor([1, 1])])
+def test_a_number_has_no_target(target):
+    for kind in (FeatureAblation, captum.FeatureAblation):
+        with pytest.raises(IndexError):
+            kind(lambda x: x.sum()).attribute(torch.ones(2, 3), target=target)
 
 
 @pytest.mark.parametrize("name", ["FeatureAblation", "Occlusion"])

@@ -135,6 +135,14 @@ class Residual(nn.Module):
         if self.kind == "functional":
             z = F.max_pool2d(torch.relu(y), 2, stride=1)
             return F.avg_pool2d(F.dropout(F.leaky_relu(z, 0.3), 0.5, self.training), kernel_size=2, padding=1)
+        if self.kind == "written function":
+            before = self.two(self.two(y))
+            torch.sigmoid_(y)
+            return torch.cat(tensors=[before + self.two(y), y], dim=1)
+        if self.kind == "clamped by place":
+            return self.two(torch.clamp(y, min=self.slope)) + y.clamp(self.scale).abs() ** self.slope.exp()
+        if self.kind == "constant":
+            return self.two(y * torch.tensor([2.0, 3.0], dtype=y.dtype).view(1, 2, 1, 1))
         if self.kind == "same twice":
             return y + y
         if self.kind == "sizes":
@@ -146,14 +154,14 @@ class Residual(nn.Module):
 
 KINDS = [
     "plus", "in place", "read before written", "written method", "cat", "scaled", "by place", "gate", "functional",
-    "same twice", "sizes", "without maps",
+    "same twice", "sizes", "without maps", "written function", "clamped by place", "constant",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 4])
 def test_branches(kind, window):
-    model = Last(Residual(kind), nn.Conv2d(6 if kind == "cat" else 2, 2, 3))
+    model = Last(Residual(kind), nn.Conv2d({"cat": 6, "written function": 4}.get(kind, 2), 2, 3))
     same(model, torch.randn(2, 2, 11, 12, dtype=torch.float64), window=window, stride=window)
 
 
@@ -298,7 +306,7 @@ REFUSED = [
     (Dynamic(), "torch.fx can trace"),
     (hooked(), "without forward hooks, 0 has some"),
     (lambda x: x.flatten(1), "forward to be an nn.Module"),
-    (TwoInputs(), "needs a model of one argument, got another: y"),
+    (TwoInputs(), "torch.fx can trace, got TypeError: .*missing 1 required positional argument: 'y'"),
 ]
 
 
@@ -316,6 +324,48 @@ def test_what_cannot_be_done_is_said_or_gone_around(model, words, caplog):
     assert torch.equal(shown, xaifast.occlusion(model, x, **options)) and "whole images are run" in caplog.text
 
 
+class Viewed(nn.Module):
+    """Views need the layout that maps have on the plain path; a default and a shared tensor need care in tracing."""
+
+    def __init__(self):
+        super().__init__()
+        inner = nn.Module()
+        inner.scale = torch.rand(1, 3, 1, 1, dtype=torch.float64)
+        self.first, self.second = nn.Module(), nn.Module()
+        self.first.inner = self.second.inner = inner
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(3 * 9 * 10, 4)
+
+    def forward(self, x, mask=None):
+        x = self.conv(x) * self.second.inner.scale
+        if mask is not None:
+            x = x * mask
+        return self.linear(x.view(-1, 270))
+
+
+def test_views_defaults_and_shared_tensors():
+    same(Viewed(), torch.randn(2, 2, 11, 12, dtype=torch.float64), window=3, stride=2)
+
+
+def test_tracing_leaves_no_constants_in_the_model():
+    model = Last(Residual("constant"))
+    model.double().eval()(x := torch.randn(1, 2, 11, 12, dtype=torch.float64))
+    before = [set(vars(module)) for module in model.modules()]
+    xaifast.occlusion(model, x, window=4, receptive_field=True)
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+class OnlyTwice(nn.Module):
+    """Runs when traced, and on batches of the inputs' size."""
+
+    def forward(self, x):
+        return x.reshape(36, -1, 2)[0]
+
+
+def test_what_does_not_run_in_parts_is_refused():
+    with pytest.raises(FieldError, match="must be able to run the traced model, got RuntimeError: shape"):
+        xaifast.occlusion(OnlyTwice(), torch.randn(2, 1, 6, 6), window=3, stride=3, receptive_field=True)
+
+
 def test_other_inputs_are_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).eval()
     with pytest.raises(FieldError, match="one floating input"):
@@ -328,8 +378,21 @@ def test_other_inputs_are_refused():
         xaifast.occlusion(
             flat, x, window=2, baselines=xaifast.Background(torch.zeros(3, 2, 4, 4)), receptive_field=True
         )
-    with pytest.raises(ValueError, match="pixel replacement"):
+    with pytest.raises(FieldError, match="pixel replacement"):
         xaifast.occlusion(flat, x, window=2, removal=xaifast.removal.TokenDrop(), receptive_field=True)
+    with pytest.raises(FieldError, match="autocast=torch.bfloat16"):
+        xaifast.occlusion(flat, x, window=2, autocast=torch.bfloat16, receptive_field=True)
+    for unclear in (1, None, "yes", torch.ones(2)):
+        with pytest.raises(ValueError, match='receptive_field must be True, False or "auto"'):
+            xaifast.occlusion(flat, x, window=2, receptive_field=unclear)
+
+
+def test_auto_goes_around_options_too(caplog):
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 1)).eval(), torch.randn(2, 2, 4, 4)
+    options = dict(window=2, autocast=torch.bfloat16)
+    with caplog.at_level(logging.WARNING, "xaifast"):
+        shown = xaifast.occlusion(model, x, receptive_field="auto", **options)
+    assert torch.equal(shown, xaifast.occlusion(model, x, **options)) and "whole images are run" in caplog.text
 
 
 def test_a_wrong_result_is_found_before_it_is_used(monkeypatch):

@@ -169,6 +169,17 @@ def test_background_is_the_mean_over_its_rows(batch_size):
     torch.testing.assert_close(shown, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("p", [1e-9, torch.tensor(0.3, dtype=torch.float32).numpy()[()], 1 - 1e-9])
+def test_extreme_and_foreign_probabilities(p):
+    x = torch.rand(1, 2, 6, 5)
+    shown = xaifast.rise(lambda rows: rows.sum((1, 2, 3)) + 1, x, target=None, score="logit", p=p, n_masks=300,
+                         cells=2, normalise="observed")  # fmt: skip
+    if p < 1e-6:
+        assert bool((shown == 0).all())  # no mask shows anything
+    else:
+        assert bool((shown >= 1).all()) and bool((shown <= x.sum() * 1.001 + 1).all())
+
+
 def test_blur():
     net, x = small_cnn(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     expected = xaifast.rise(net, x, n_masks=20, baselines=xaifast.removal.gaussian_blur(x))

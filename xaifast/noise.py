@@ -17,7 +17,7 @@ from .ops import _registry
 from .reference.coalitions import philox4x32
 
 # Beside those of designs and orders, which are below 16.
-IMPUTATION, INFIDELITY, SENSITIVITY, BASELINE, CONTROLLED = 16, 17, 18, 19, 20
+IMPUTATION, INFIDELITY, SENSITIVITY, BASELINE, CONTROLLED, MASKS = 16, 17, 18, 19, 20, 32
 
 _M32 = 0xFFFFFFFF
 _CALLS = 8  # the native generator makes multiples of it

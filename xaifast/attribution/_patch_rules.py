@@ -25,7 +25,10 @@ _ARITHMETIC = {
     operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
     torch.add, torch.sub, torch.mul, torch.div, "add", "add_", "sub", "mul", "mul_", "div",
 }  # fmt: skip
-_IN_PLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_}
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
 
 Pair = tuple[int, int]
 
@@ -87,8 +90,8 @@ def rule_of(
     if node.target in (F.max_pool2d, torch.max_pool2d, F.avg_pool2d):
         return _pool_rule(node)
     known = _POINTWISE_METHODS if node.op == "call_method" else _POINTWISE_FUNCTIONS
-    if node.target in known and node.args and maps == [node.args[0]]:
-        return Local((node.args[0],), _bound(node, maps, values))
+    if node.target in known and maps == list(node.args[:1]) and _same_everywhere(node, maps, values):
+        return Local((maps[0],), _bound(node, maps, values))
     return None
 
 
@@ -108,8 +111,9 @@ def is_written_to(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | Non
     in_place = node.kwargs.get("inplace", False) or node.target in _IN_PLACE_OPERATORS
     if node.op == "call_module":
         in_place = getattr(modules[node.target], "inplace", False)
-    elif node.op == "call_method":
-        in_place = node.target.endswith("_") and not node.target.endswith("__")
+    elif node.op == "call_method" or getattr(torch, getattr(node.target, "__name__", ""), None) is node.target:
+        name = node.target if node.op == "call_method" else node.target.__name__
+        in_place = in_place or (name.endswith("_") and not name.endswith("__"))
     return node.args[0] if in_place and node.args and isinstance(node.args[0], fx.Node) else None
 
 
@@ -196,7 +200,7 @@ def _pair(value: int | Pair) -> Pair:
 
 
 def _cat_rule(node: fx.Node) -> Joined | None:
-    parts = node.args[0]
+    parts = node.args[0] if node.args else node.kwargs["tensors"]
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if dim not in (1, -3) or len(set(parts)) < len(parts):
         return None
@@ -205,13 +209,15 @@ def _cat_rule(node: fx.Node) -> Joined | None:
 
 def _arithmetic_rule(node: fx.Node, maps: list[fx.Node], values: dict[fx.Node, object]) -> Joined | None:
     """Of maps of one shape, numbers, and constants that are the same for all pixels."""
-    if len({values[source].shape for source in maps}) > 1:
+    if len({values[source].shape for source in maps}) > 1 or not _same_everywhere(node, maps, values):
         return None
-    for constant in set(node.all_input_nodes) - set(maps):
-        value = values[constant]
-        if isinstance(value, Tensor) and value.dim() and value.shape[-2:] != (1, 1):
-            return None
     return Joined(tuple(maps), _bound(node, maps, values))
+
+
+def _same_everywhere(node: fx.Node, maps: list[fx.Node], values: dict[fx.Node, object]) -> bool:
+    """Whether a node's constants are the same for all pixels."""
+    constants = (values[source] for source in node.all_input_nodes if source not in maps)
+    return all(not isinstance(c, Tensor) or c.dim() == 0 or c.shape[-2:] == (1, 1) for c in constants)
 
 
 def _bound(node: fx.Node, maps: list[fx.Node], values: dict[fx.Node, object]) -> Callable[..., Tensor]:

@@ -44,7 +44,7 @@ class PatchedGraph:
 
     Args:
         model: In the mode it is to be run in; left as it is.
-        example: ``[1, C, H, W]``, channels last.
+        example: ``[1, C, H, W]``.
         rows: Windows along the height.
         columns: Windows along the width.
         layout: Of whole maps. Patches are cut with channels last, but networks run best in the layout they know.
@@ -67,8 +67,9 @@ class PatchedGraph:
         caller: str,
     ) -> None:
         self.caller, self._layout = caller, layout
-        self.modules = dict(model.named_modules())
-        self.nodes = list(_trace(model, self.modules, caller).nodes)
+        alone = _Alone(model)
+        self.modules = dict(alone.named_modules(remove_duplicate=False))
+        self.nodes = list(_trace(alone, self.modules, caller).nodes)
         self.image = self.nodes[0]
         self._device = example.device
         self._spans: dict[fx.Node, tuple[Span, Span]] = {self.image: (rows, columns)}
@@ -82,8 +83,9 @@ class PatchedGraph:
         self._read = read | set(self._whole)  # whose clean maps are kept
 
     def clean(self, images: Tensor) -> Values:
-        """Maps of images ``[b, C, H, W]`` that patches are completed from."""
-        return self._values(images, self._read)
+        """Maps of images ``[b, C, H, W]`` that patches are completed from, channels last."""
+        maps = self._values(images, self._read)
+        return {node: value.contiguous(memory_format=torch.channels_last) for node, value in maps.items()}
 
     def __call__(self, patches: Tensor, clean: Values, chunk: Chunk) -> object:
         """The network's answer to the images with their windows' boxes replaced.
@@ -119,7 +121,7 @@ class PatchedGraph:
 
     def _values(self, images: Tensor, wanted: set[fx.Node] | None = None) -> Values:
         """What the wanted nodes answer to whole images; all nodes where None."""
-        values: Values = {self.image: images}
+        values: Values = {self.image: images.contiguous(memory_format=self._layout)}
         left = set(self.nodes if wanted is None else wanted) - {self.image}
         for node in self.nodes[1:]:
             if not left:
@@ -134,13 +136,6 @@ class PatchedGraph:
 
     def _call(self, node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-        if node.op == "placeholder":
-            if not args:
-                raise FieldError(
-                    f"{self.caller}: receptive_field needs a model of one argument, got another: {node.target}; pass "
-                    "receptive_field=False"
-                )
-            return args[0]
         if node.op == "output":
             return args[0]
         if node.op == "call_module":
@@ -208,13 +203,26 @@ class PatchedGraph:
         return whole / computed
 
 
-def _trace(model: nn.Module, modules: dict[str, nn.Module], caller: str) -> fx.Graph:
+class _Alone(nn.Module):
+    """A model of one argument, whatever else has defaults. What tracing notes, constants, it notes here."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> object:
+        """The model's answer."""
+        return self.model(x)
+
+
+def _trace(model: _Alone, modules: dict[str, nn.Module], caller: str) -> fx.Graph:
     """The network's graph, without nodes that pass their input on and without looking back behind a write in place."""
     for path, module in modules.items():
         if module._forward_hooks or module._forward_pre_hooks:
             raise FieldError(
-                f"{caller}: receptive_field needs modules without forward hooks, {path or 'the model itself'} has "
-                "some; remove them, or pass receptive_field=False"
+                f"{caller}: receptive_field needs modules without forward hooks, "
+                f"{path.removeprefix('model').lstrip('.') or 'the model itself'} has some; remove them, or pass "
+                "receptive_field=False"
             )
     try:
         graph = fx.Tracer().trace(model)

@@ -13,6 +13,7 @@ from ..ops.plan import SelectPlan
 from ..players import Players
 from ..removal import Group, Prepared
 from ..removal.windows import Grid, PreparedWindows, SlidingWindow, Windows
+from ..stream import is_out_of_memory
 from ._patched_graph import FieldError, PatchedGraph
 from ._patches import Chunk, Span
 
@@ -102,7 +103,8 @@ class FieldWindow(SlidingWindow):
     """`SlidingWindow` for convolutional networks, by receptive fields; compared with it before it is used.
 
     Raises:
-        FieldError: (prepare) the model cannot be traced, has hooks or takes other inputs; or the results differ.
+        FieldError: (prepare) the model cannot be traced or run in parts, has hooks or takes other inputs; or the
+            results differ.
     """
 
     def prepare(
@@ -122,11 +124,19 @@ class FieldWindow(SlidingWindow):
         plan, grid = plain.plans[0], self.grids[0]
         spans = tuple(_windows_along(grid, d) for d in (1, 2))
         images, baseline = (_channels_last(part, plan) for part in (plan.x, plan.baseline.reshape(-1, plan.x.shape[1])))
-        with torch.inference_mode():
-            graph = PatchedGraph(forward, images[:1], *spans, plan.memory_format, caller)
-            starts, box = tuple(span.start.to(images.device) for span in spans), tuple(span.length for span in spans)
-            prepared = PreparedField(plain, images, baseline, starts, box, graph)
-            _compare(forward, prepared, caller)
+        starts, box = tuple(span.start.to(images.device) for span in spans), tuple(span.length for span in spans)
+        try:
+            with torch.inference_mode():
+                graph = PatchedGraph(forward, images[:1], *spans, plan.memory_format, caller)
+                prepared = PreparedField(plain, images, baseline, starts, box, graph)
+                _compare(forward, prepared, caller)
+        except Exception as error:  # whatever operations say that do not suit patches
+            if isinstance(error, FieldError) or is_out_of_memory(error):
+                raise
+            raise FieldError(
+                f"{caller}: receptive_field must be able to run the traced model, got {type(error).__name__}: {error}; "
+                "pass receptive_field=False"
+            ) from error
         return prepared
 
     def _check(self, forward: Callable, inputs: tuple[Tensor, ...], args: tuple, caller: str) -> None:

@@ -102,7 +102,7 @@ def occlusion(
         cuda_graph=cuda_graph,
         allow_training_mode=allow_training_mode,
     )
-    if receptive_field not in (True, False, "auto"):
+    if not isinstance(receptive_field, bool) and not (isinstance(receptive_field, str) and receptive_field == "auto"):
         raise ValueError(f'{_CALLER}: receptive_field must be True, False or "auto", got {receptive_field!r}')
     maps, evaluator = slide(forward, given, grids, removal, engine, _CALLER, receptive_field=receptive_field)
     return as_given(maps, inputs, evaluator)
@@ -119,16 +119,17 @@ def slide(
     receptive_field: bool | str = False,
 ) -> tuple[tuple[Tensor, ...], Evaluator]:
     """Occlusion maps of each input tensor, float64 ``[B, ..., K]``; ``engine`` holds arguments of `Evaluator`."""
-    removal = resolve_removal(removal, caller)
+    removal, evaluator = resolve_removal(removal, caller), None
+    players, perturbations = None, Windows.of(grids)
     if receptive_field:
-        _check_plain(removal, engine, caller)
-    if isinstance(removal, Replace):
-        evaluator = _by_windows(forward, inputs, grids, removal, engine, caller, receptive_field)
-        values = evaluator(Windows.of(grids))
-    else:
-        players, coalitions = _as_players(grids, inputs, caller)
+        evaluator = _by_fields(forward, inputs, grids, removal, engine, caller, receptive_field)
+    if evaluator is None:
+        if isinstance(removal, Replace):
+            removal = SlidingWindow(grids, removal)
+        else:
+            players, perturbations = _as_players(grids, inputs, caller)
         evaluator = Evaluator(forward, inputs, players=players, removal=removal, caller=caller, **engine)
-        values = evaluator(coalitions)
+    values = evaluator(perturbations)
     drops = evaluator.full[:, None] - values  # [B, N, K]
     parts = drops.split([math.prod(grid.counts) for grid in grids], dim=1)
     return tuple(grid.average(part) for grid, part in zip(grids, parts, strict=True)), evaluator
@@ -143,23 +144,29 @@ def as_given(
     return tuple(kept) if isinstance(inputs, tuple) else next(kept)
 
 
-def _by_windows(
+def _by_fields(
     forward: Callable,
     inputs: tuple[Tensor, ...],
     grids: tuple[Grid, ...],
-    replace: Replace,
+    removal: Removal,
     engine: dict,
     caller: str,
     receptive_field: bool | str,
-) -> Evaluator:
-    if receptive_field:
-        try:
-            return Evaluator(forward, inputs, removal=FieldWindow(grids, replace), caller=caller, **engine)
-        except FieldError as error:
-            if receptive_field is True:
-                raise
-            logger.warning("%s; whole images are run", error)
-    return Evaluator(forward, inputs, removal=SlidingWindow(grids, replace), caller=caller, **engine)
+) -> Evaluator | None:
+    """None where receptive fields do not serve and need not."""
+    try:
+        if not isinstance(removal, Replace) or engine["autocast"] is not None or engine["cuda_graph"]:
+            raise FieldError(
+                f"{caller}: receptive_field needs pixel replacement without autocast and cuda_graph, got removal "
+                f"{type(removal).__name__}, autocast={engine['autocast']} and cuda_graph={engine['cuda_graph']}; "
+                "leave one out"
+            )
+        return Evaluator(forward, inputs, removal=FieldWindow(grids, removal), caller=caller, **engine)
+    except FieldError as error:
+        if receptive_field is True:
+            raise
+        logger.warning("%s; whole images are run", error)
+        return None
 
 
 def _as_players(grids: tuple[Grid, ...], inputs: tuple[Tensor, ...], caller: str) -> tuple[Players, Coalitions]:
@@ -171,15 +178,6 @@ def _as_players(grids: tuple[Grid, ...], inputs: tuple[Tensor, ...], caller: str
         covers.append(covered)
         n_players += covered.shape[1]
     return resolve_players(tuple(masks), inputs, caller), Coalitions.from_present(~torch.block_diag(*covers).bool())
-
-
-def _check_plain(removal: Removal, engine: dict, caller: str) -> None:
-    if not isinstance(removal, Replace) or engine["autocast"] is not None or engine["cuda_graph"]:
-        raise ValueError(
-            f"{caller}: receptive_field needs pixel replacement without autocast and cuda_graph, got removal "
-            f"{type(removal).__name__}, autocast={engine['autocast']} and cuda_graph={engine['cuda_graph']}; leave "
-            "one out"
-        )
 
 
 def _grids(window: object, stride: object, inputs: tuple[Tensor, ...], several: bool) -> tuple[Grid, ...]:

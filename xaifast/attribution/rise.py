@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from ..evaluate import Evaluator, as_inputs
-from ..metrics._scores import resolve_score
 from ..removal import Replace, resolve_removal
 from ..removal.smooth_masks import Blend, MaskLaw, SmoothMasks
+from ..scores import resolve_score
 from ..stream import shared_progress
 
 _CALLER = "xaifast.rise"
@@ -177,7 +177,7 @@ def _law(images: Tensor, n_masks: object, cells: object, p: object, seed: object
             f"{_CALLER}: cells must be a positive int or (rows, columns), at most the image's size {size}, got "
             f"{cells!r}"
         )
-    if not isinstance(p, int | float) or not 0 < p < 1:
+    if not isinstance(p, Real) or not 0 < p < 1:
         raise ValueError(f"{_CALLER}: p must lie between 0 and 1, got {p!r}")
     if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise ValueError(f"{_CALLER}: seed must be an int in 0..2**63-1, got {seed!r}")

@@ -188,18 +188,20 @@ def _select(output: Tensor, target: tuple | Tensor | None, caller: str) -> Tenso
     shape = tuple(output.shape)
     if isinstance(target, tuple):
         if len(target) >= output.dim():
-            raise AssertionError(
+            kind = AssertionError if output.dim() else IndexError
+            raise kind(
                 f"{caller}: target must have at most one index for each output axis after the batch, got {target} for "
                 f"outputs {shape}"
             )
         return output[(slice(None), *target)]
     if output.dim() == 0 or len(target) != len(output) or (target.dim() == 1 and output.dim() != 2):
-        raise AssertionError(
+        kind = AssertionError if output.dim() else IndexError
+        raise kind(
             f"{caller}: targets of each input must be as many as there are outputs, and tuples where outputs have more "
             f"than two axes, got {len(target)} for outputs {shape}"
         )
     if target.dim() == 1:
-        return output.gather(1, target.unsqueeze(1))
+        return output.gather(1, target.unsqueeze(1)).squeeze(1)
     return output[(torch.arange(len(output), device=output.device), *target.unbind(1))]
 
 

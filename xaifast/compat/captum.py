@@ -8,10 +8,8 @@ those of Captum 0.9, https://captum.ai/api
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from ..attribution.small_budgets import is_small
 from ..players import resolve_players
 from ._captum_ablation import FeatureAblation, Occlusion
 from ._captum_forward import CALLER, BatchRows, Call, InputRows, find_unit
+from ._captum_inputs import Attribution, as_baselines, as_inputs, as_tensors, promoted
 from ._captum_sampling import ShapleyValueSampling
 
 __all__ = ["FeatureAblation", "KernelShap", "Occlusion", "ShapleyValueSampling"]
@@ -28,7 +27,7 @@ __all__ = ["FeatureAblation", "KernelShap", "Occlusion", "ShapleyValueSampling"]
 _FEWEST = 4  # coalitions an estimate needs: full, empty and one pair
 
 
-class KernelShap:
+class KernelShap(Attribution):
     """Kernel SHAP as ``captum.attr.KernelShap`` offers it.
 
     Attributes:
@@ -42,10 +41,7 @@ class KernelShap:
         True
     """
 
-    def __init__(self, forward_func: Callable) -> None:
-        if not callable(forward_func):
-            raise TypeError(f"{CALLER}: forward_func must be callable, got {type(forward_func).__name__}")
-        self.forward_func = forward_func
+    _name = "Kernel Shap"
 
     def attribute(
         self,
@@ -89,15 +85,10 @@ class KernelShap:
         result repeatable, and every call gives another estimate.
         """
         _check_counts(n_samples, perturbations_per_eval)
-        given = _as_tensors(inputs, "inputs")
-        if not all(x.dim() for x in given) or not any(x.numel() for x in given):
-            raise ValueError(
-                f"{CALLER}: inputs must have a batch axis and hold at least one element, got shapes "
-                f"{[tuple(x.shape) for x in given]}"
-            )
-        baselines = _as_baselines(baselines, given)
+        given = as_inputs(inputs, CALLER)
+        baselines = as_baselines(baselines, given, CALLER)
         features = _Features.of(feature_mask, given)
-        call = Call(self.forward_func, _promoted(given, baselines), additional_forward_args, target)
+        call = Call(self.forward_func, promoted(given, baselines), additional_forward_args, target)
         unit = find_unit(call, perturbations_per_eval)
         rows = BatchRows(call) if unit == "batch" else InputRows(call)
         masks = rows.lift(features.masks)
@@ -127,23 +118,10 @@ class KernelShap:
         maps = features.spread(values, given)
         return maps if isinstance(inputs, tuple) else maps[0]
 
-    def attribute_future(self) -> NoReturn:
-        """Not implemented, as in Captum."""
-        raise NotImplementedError(f"{CALLER}: attribute_future is not implemented; call attribute")
-
-    def has_convergence_delta(self) -> bool:
-        """False, as in Captum."""
-        return False
-
     @property
     def multiplies_by_inputs(self) -> bool:
         """False, as in Captum."""
         return False
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The method's name in words."""
-        return "Kernel Shap"
 
 
 @dataclass(frozen=True)
@@ -169,7 +147,7 @@ class _Features:
             ids = torch.arange(sum(sizes), device=device)
             parts = zip(ids.split(sizes), inputs, strict=True)
             return cls(tuple(part.reshape(1, *x.shape[1:]) for part, x in parts), ids, len(ids))
-        masks = _as_tensors(feature_mask, "feature_mask")
+        masks = as_tensors(feature_mask, "feature_mask", CALLER)
         if len(masks) != len(inputs):
             raise ValueError(f"{CALLER}: feature_mask must hold one mask an input ({len(inputs)}), got {len(masks)}")
         for mask in masks:
@@ -238,29 +216,3 @@ def _even_split(rows: InputRows | BatchRows, masks: tuple[Tensor, ...], engine: 
     if players.absent is not None:
         shares[players.absent.to(total.device)] = 0
     return total * shares / shares.sum(1, keepdim=True)
-
-
-def _as_tensors(value: object, name: str) -> tuple[Tensor, ...]:
-    given = value if isinstance(value, tuple) else (value,)
-    for part in given:
-        if not isinstance(part, Tensor):
-            raise AssertionError(f"{CALLER}: {name} must be a tensor or a tuple of tensors, got {type(part).__name__}")
-    return given
-
-
-def _as_baselines(baselines: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, ...]:
-    """One baseline an input."""
-    if baselines is None:
-        return tuple(False if x.dtype == torch.bool else 0 for x in inputs)
-    given = baselines if isinstance(baselines, tuple) else (baselines,)
-    for part in given:
-        if not isinstance(part, Tensor | int | float):
-            raise AssertionError(f"{CALLER}: baselines must be tensors or numbers, got {type(part).__name__}")
-    if len(given) != len(inputs):
-        raise ValueError(f"{CALLER}: baselines must hold one entry an input ({len(inputs)}), got {len(given)}")
-    return given
-
-
-def _promoted(inputs: tuple[Tensor, ...], baselines: tuple[Tensor | float, ...]) -> tuple[Tensor, ...]:
-    """Inputs in the dtype that a mixture with their baseline has."""
-    return tuple(x.to(torch.result_type(x, baseline)) for x, baseline in zip(inputs, baselines, strict=True))

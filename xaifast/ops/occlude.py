@@ -79,7 +79,7 @@ def occlude_linear(
     return out.index_copy(0, rows, changed).view(x.shape[0], n_players, -1)
 
 
-def group_elements(groups: Tensor, x: Tensor) -> tuple[int, Tensor, Tensor]:
+def group_elements(groups: Tensor, x: Tensor, n_players: int | None = None) -> tuple[int, Tensor, Tensor]:
     """Number of players, elements sorted by player ``[1 | B, N]`` and where each player begins ``[1 | B, M + 1]``."""
     ids = groups if groups.dim() == 2 else groups[None]
     if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] != x.shape[1] or ids.shape[0] not in (1, x.shape[0]):
@@ -88,7 +88,7 @@ def group_elements(groups: Tensor, x: Tensor) -> tuple[int, Tensor, Tensor]:
         )
     if ids.numel() and int(ids.min()) < 0:
         raise ValueError("xaifast.occlude_linear: groups must hold ids 0..M-1, got a negative one")
-    n_players = int(ids.max()) + 1
+    n_players = int(ids.max()) + 1 if n_players is None else n_players
     sizes = torch.zeros(ids.shape[0], n_players + 1, dtype=torch.int64, device=ids.device)
     sizes.scatter_add_(1, ids + 1, torch.ones_like(ids))
     return n_players, ids.argsort(dim=1, stable=True), sizes.cumsum(1)

@@ -118,8 +118,8 @@ class PreparedBlend(Prepared):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return row_bytes(self.plan)
+        """Bytes of a row and of its mask."""
+        return row_bytes(self.plan) // self.plan.shape[0] * (1 + self.plan.shape[0])
 
     def empty(self, n_rows: int) -> tuple[Tensor, ...]:
         """A row buffer in the input's memory layout."""
