@@ -14,9 +14,11 @@ lint:
 	@python=$$($(SETUP) test) && "$$python" -m ruff check . && "$$python" -m ruff format --check . \
 	  && "$${python%/*}/clang-format" --dry-run --Werror $(SOURCES)
 
-# The Triton interpreter is chosen when kernels are first imported, so its tests have a process of their own.
+# A process a core; threads that wait for others do not spin, for the cores are taken. The Triton interpreter is chosen
+# when kernels are first imported, so its tests have processes of their own.
 test: lint
-	@python=$$($(SETUP) test) && "$$python" -m pytest && TRITON_INTERPRET=1 "$$python" -m pytest tests/kernels
+	@python=$$($(SETUP) test) && export OMP_WAIT_POLICY=passive && "$$python" -m pytest -n auto \
+	  && TRITON_INTERPRET=1 "$$python" -m pytest -n auto tests/kernels
 
 # BENCH=--full measures what is committed; BENCH="--only operators" a part.
 bench:

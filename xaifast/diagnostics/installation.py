@@ -38,6 +38,7 @@ KERNELS: dict[str, tuple[str, str, str | None]] = {
     "compact_rows": ("compact_tokens", "native", "native"),
     "perturb_rows": ("perturb_by_rank", "native", "triton"),
     "rank_features": ("rank_features", "native", "torch"),
+    "occlude_linear": ("occlude_linear", "native", "triton"),
     "cubic_regression": ('estimator="adjusted"', "native", "torch"),
     "blend_inputs": ("soft masks", "torch", "torch"),
 }
