@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch  # noqa: F401  (first: the native kernels share its OpenMP runtime)
 
 from . import metrics, models, ops, removal
-from .attribution import ShapleyResult, feature_ablation, kernel_shap, occlusion, rise
+from .attribution import (
+    ShapleyResult,
+    XtrainResult,
+    feature_ablation,
+    kernel_shap,
+    occlude_update,
+    occlusion,
+    rise,
+    xtrain,
+)
 from .metrics import Curves, insertion_deletion
 from .ops import quantile_masks
 from .players import grid_mask
@@ -20,6 +29,7 @@ __all__ = [
     "Curves",
     "ShapleyResult",
     "Trajectory",
+    "XtrainResult",
     "__version__",
     "feature_ablation",
     "grid_mask",
@@ -27,10 +37,12 @@ __all__ = [
     "kernel_shap",
     "metrics",
     "models",
+    "occlude_update",
     "occlusion",
     "open_run",
     "ops",
     "quantile_masks",
     "removal",
     "rise",
+    "xtrain",
 ]
