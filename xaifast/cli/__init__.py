@@ -10,7 +10,7 @@ from types import FrameType
 
 from .. import __version__
 from ..run import StoreError
-from . import bench, evaluate, explain, info
+from . import bench, evaluate, explain, info, train
 
 _EXPECTED = (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError, StoreError)
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"xaifast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (explain, evaluate, bench, info):
+    for command in (explain, evaluate, train, bench, info):
         command.add_parser(commands)
     args = parser.parse_args(arguments)
     args.arguments = sys.argv[1:] if arguments is None else arguments

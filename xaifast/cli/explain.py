@@ -9,9 +9,10 @@ from ..attribution.dataset import DESIGN_BLOCK
 from ..models.loading import load_model
 from ..run import Run, StoreError, open_run
 from ..store import Store
-from .job import carry_out, missing_for_report, say_nothing, set_threads, summary, write_in_place
+from . import xtrain_job
+from .job import DatasetJob, carry_out, missing_for_report, say_nothing, set_threads, summary, write_in_place
 from .options import REMOVALS, JobSettings, add_job_options, choose_device, positive
-from .shapley_job import ShapleyJob, prepare
+from .shapley_job import prepare
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_job_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where results go")
     how = parser.add_argument_group("how")
-    how.add_argument("--method", choices=["kernel-shap"], default="kernel-shap")
+    how.add_argument("--method", choices=["kernel-shap", *xtrain_job.METHODS], default="kernel-shap")
     how.add_argument("--n-samples", type=positive, default=512, metavar="N", help="evaluations an input (512)")
     how.add_argument("--removal", choices=list(REMOVALS), default="baseline", help="what absent features look like")
     how.add_argument("--segments", choices=["slic"], help="superpixels of each image instead of patches")
@@ -40,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     how.add_argument("--no-report", action="store_true", help="do not write report.html")
     how.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
+    xtrain_job.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,12 +49,16 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     set_threads(args)
     device = choose_device(args.device)
-    job = prepare(JobSettings.from_args(args), load_model(args.model, device=device), device)
+    settings, model = JobSettings.from_args(args), load_model(args.model, device=device)
+    if args.method in xtrain_job.METHODS:
+        job = xtrain_job.prepare(args, settings, model, device)
+    else:
+        job = prepare(settings, model, device)
     carry_out(args, job, lambda store: _finish(args, job, store), description="explain")
     return 0
 
 
-def _finish(args: argparse.Namespace, job: ShapleyJob, store: Store) -> None:
+def _finish(args: argparse.Namespace, job: DatasetJob, store: Store) -> None:
     """Summary and report."""
     say = say_nothing if args.quiet else print
     say(summary(store))
@@ -80,6 +86,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.chunk_size and (args.chunk_size & (args.chunk_size - 1) or args.chunk_size > DESIGN_BLOCK):
         raise ValueError(
             f"xaifast explain: --chunk-size must be a power of two up to {DESIGN_BLOCK}, got {args.chunk_size}"
+        )
+    given = [name for name in xtrain_job.OPTIONS if getattr(args, name) is not None]
+    if given and args.method not in xtrain_job.METHODS:
+        raise ValueError(
+            f"xaifast explain: --{given[0]} is for --method {', '.join(xtrain_job.METHODS)}, got {args.method}; leave "
+            "it out or choose one of these"
         )
     if args.patch and args.segments:
         raise ValueError("xaifast explain: --patch and --segments exclude each other; leave one out")

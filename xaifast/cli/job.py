@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class DatasetJob(ABC):
     n_samples: int
     n_background: int
     lines: list[str]
+    counted: ClassVar[tuple[str, str]] = ("evaluations", "background rows")  # what n_samples and n_background count
 
     @abstractmethod
     def result_bytes(self, n_inputs: int) -> int:
@@ -219,7 +221,8 @@ def _plan(job: DatasetJob, store: Store, floor: float, description: str) -> list
     """How much work, time and room; refuses a disk that is too small."""
     pending = sum(stop - start for start, stop in map(store.bounds, set(range(store.n_chunks)) - set(store.finished)))
     rows = len(store) * job.n_samples * job.n_background
-    background = f" × {job.n_background} background rows" if job.n_background > 1 else ""
+    evaluations, background_rows = job.counted
+    background = f" × {job.n_background} {background_rows}" if job.n_background > 1 else ""
     done = f", {len(store.finished)} finished" if store.finished else ""
     seconds = pending * job.n_samples * job.n_background / floor / store.world
     workers = f"{store.world} processes of " if store.world > 1 else ""
@@ -230,7 +233,7 @@ def _plan(job: DatasetJob, store: Store, floor: float, description: str) -> list
             "free; free space, or choose another --out"
         )
     return [
-        f"work:     {len(store):,} inputs × {job.n_samples:,} evaluations{background} = {rows:,} model rows",
+        f"work:     {len(store):,} inputs × {job.n_samples:,} {evaluations}{background} = {rows:,} model rows",
         f"time:     about {duration(seconds)} at the bare forward's {floor:,.0f} rows/s ({workers}"
         f"{torch.get_num_threads()} threads, {store.manifest['rows']} rows a call)",
         f"output:   {_size(job.result_bytes(len(store)))} in {store.directory}, chunks of "

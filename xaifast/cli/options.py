@@ -65,7 +65,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SPEC",
-        help="digits, imagefolder:DIR, hf:DIR_OR_NAME[:SPLIT], npz:FILE, csv:FILE, parquet:FILE",
+        help="digits, controlled:NAME, imagefolder:DIR, hf:DIR_OR_NAME[:SPLIT], npz:FILE, csv:FILE, parquet:FILE",
     )
 
     what = parser.add_argument_group("what is explained")

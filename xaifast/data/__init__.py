@@ -11,6 +11,7 @@ __all__ = ["DataSource", "Loaded", "open_data"]
 
 FORMS = {
     "digits": "scikit-learn's handwritten digits",
+    "controlled:NAME": "data whose signal is known: digits-{zero,normalised,noise,textured}, table",
     "imagefolder:DIR": "a folder of images, one sub-folder a class",
     "hf:DIR_OR_NAME[:SPLIT]": "an image data set of Hugging Face datasets",
     "npz:FILE": "NumPy arrays",
@@ -31,8 +32,9 @@ def open_data(
     Nothing in a data file is executed: arrays are read without pickle, and data sets that bring code are refused.
 
     Args:
-        spec: ``digits``, ``imagefolder:DIR``, ``hf:DIR_OR_NAME[:SPLIT]``, ``npz:FILE``, ``csv:FILE`` or
-            ``parquet:FILE``; ``~`` is the home directory. docs/data-and-models.md says what each expects.
+        spec: ``digits``, ``controlled:NAME``, ``imagefolder:DIR``, ``hf:DIR_OR_NAME[:SPLIT]``, ``npz:FILE``,
+            ``csv:FILE`` or ``parquet:FILE``; ``~`` is the home directory. docs/data-and-models.md says what each
+            expects.
         columns: Tables: the features, in this order. Default all columns but the label.
         label: Tables and ``hf:``: the column of classes.
         drop: Tables: columns to leave out.
@@ -70,6 +72,10 @@ def open_data(
         from .arrays import Digits
 
         return Digits()
+    if form == "controlled":
+        from .known_signal import KnownSignal
+
+        return KnownSignal(spec, where)
     if form == "npz":
         from .arrays import open_npz
 

@@ -81,8 +81,9 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for before, after in zip(widths, hidden, strict=False):
             layers += (nn.Linear(before, after), nn.ReLU())
+        self.flatten = nn.Flatten()
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of rows ``[B, F]``."""
-        return self.layers(rows)
+        """Logits ``[B, K]`` of rows ``[B, F]``, or of inputs of F elements."""
+        return self.layers(self.flatten(rows))

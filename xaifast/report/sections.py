@@ -11,11 +11,13 @@ import numpy as np
 from ..figures import as_array, display_image, signed_limit
 from ..run import Run
 from .evaluation import evaluation_part
+from .formation import FormationPart
 from .formats import count, flatten, number
 from .pictures import SMALL, overlay_uri, picture_uri
 from .results import Results, read_results
 
 N_CLASSES, N_EXAMPLES, N_CASES, N_BARS, N_DOTS, N_SKIPPED = 20, 6, 8, 10, 120, 100
+_METHODS = {"kernel-shap": "Kernel SHAP", "xtrain": "XtrAIn", "xstep": "Xstep", "xtrain+": "XtrAIn+"}
 _SIDE = 224  # of pictures kept in memory
 
 
@@ -57,6 +59,7 @@ class Report:
             "speed": self.speed(),
             "details": self.details(),
             "evaluation": None if self.evaluation is None else self.evaluation.content(),
+            "formation": self.formation(),
             "command": self.manifest.get("command") or self.manifest["settings"].get("command"),
         }
 
@@ -70,7 +73,7 @@ class Report:
         known = results.relative_error[np.isfinite(results.relative_error)]
         return {
             "explained": self._explained(),
-            "method": manifest["method"].replace("-", " ").replace("kernel shap", "Kernel SHAP"),
+            "method": _METHODS.get(manifest["method"], manifest["method"].replace("-", " ")),
             "model": manifest["model"]["spec"],
             "data": manifest["data"]["spec"],
             "features": settings.get("features"),
@@ -127,6 +130,17 @@ class Report:
                 entry["bars"] = self._strips(rows, size, mean, largest)
             shown.append(entry)
         return {"shown": shown, "n": len(targets), "mean_limit": mean_limit, "means": self.mask is not None}
+
+    def formation(self) -> dict | None:
+        """How attributions formed over a recorded training; None for other methods."""
+        if "formation" not in self.manifest or not len(self.results):
+            return None
+
+        def picture(index: int | None, values: np.ndarray, limit: float) -> dict:
+            return self._picture(index, values, self.mask, limit)
+
+        shown = picture if self.pictured else None
+        return FormationPart(self.run, self.results, shown, self.class_name, self._feature_name).content()
 
     def cases(self) -> list[dict]:
         """The largest attributions and the most uncertain ones."""
