@@ -174,11 +174,11 @@ def lenet(make: Callable[..., Job]) -> Job:
 
 
 def vit_job() -> Job:
-    """ViT-tiny, 224 px, patch 32: a step a patch, 4 images."""
+    """ViT-tiny, 224 px, patch 32: a step a patch, 16 images."""
     torch.manual_seed(0)
     model = xaifast.models.VisionTransformer(224, 32, 1000, dim=192, depth=12, heads=3).eval()
-    x, mask = torch.rand(4, 3, 224, 224), xaifast.grid_mask((224, 224), 32)
-    scores = torch.randn(4, 49)
+    x, mask = torch.rand(16, 3, 224, 224), xaifast.grid_mask((224, 224), 32)
+    scores = torch.randn(16, 49)
 
     def ours(**kwargs: object) -> Callable[[], object]:
         return lambda: xaifast.insertion_deletion(model, x, scores, steps=49, feature_mask=mask, **kwargs)
@@ -188,7 +188,7 @@ def vit_job() -> Job:
         "TokenSelect": ours(insertion_baseline=0.0, removal=TokenSelect()),
         "TokenDrop": ours(removal=TokenDrop()),
     }
-    return Job("ViT-tiny 224 px, 49 patches, 4 images, 49 steps", model, nested_rows(x, 98), contenders)
+    return Job("ViT-tiny 224 px, 49 patches, 16 images, 49 steps", model, nested_rows(x, 98), contenders)
 
 
 JOBS = {
