@@ -13,7 +13,7 @@ import torch
 
 logger = logging.getLogger("xaifast")
 
-_CPU_CHUNK_BYTES = 2**22  # a chunk's input, so that it is still in the last cache when the model reads it
+_CPU_CHUNK_BYTES = 2**20  # a chunk's input, so that it is still in the caches when the model reads it
 _MIN_ROWS, _MAX_ROWS = 32, 4096
 _MAX_ROWS_MAPS = 256  # inputs with channels or space grow several times inside a model
 
@@ -92,7 +92,7 @@ def _free_bytes(device: torch.device) -> int:
 def auto_rows(row_bytes: int, device: torch.device, *, flat: bool, peak_row_bytes: int | None = None) -> int:
     """Model rows a call for ``batch_size="auto"``, from the size of a row and the free memory.
 
-    On the CPU a power of two that keeps a chunk's input below 4 MiB, at least 32 rows, at most 4096 of ``flat``
+    On the CPU a power of two that keeps a chunk's input near 1 MiB, at least 32 rows, at most 4096 of ``flat``
     (tabular) inputs and 256 of others. On a GPU as many rows, up to 4096, as fit into half of the free memory at
     ``peak_row_bytes``, what a row of the first chunk took.
     """
