@@ -17,10 +17,12 @@ class Variant:
     constexprs: dict[str, Any]
     divisible: tuple[str, ...]  # parameters known to be multiples of 16: what vectorised access needs
     store_bits: int  # width of the widest global store the variant must have
+    num_warps: int = 4
+    registers: int = 128  # that a thread may use
 
 
 def variants() -> list[Variant]:
     """Return the compile-time variants of every kernel; needs triton."""
-    from xaifast.kernels import perturb, select
+    from xaifast.kernels import occlude, perturb, select
 
-    return select.variants() + perturb.variants()
+    return select.variants() + perturb.variants() + occlude.variants()

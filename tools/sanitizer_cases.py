@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 import xaifast.ops  # noqa: F401  registers the operators
+from xaifast.attribution.occlude.certified import Certifier
 from xaifast.ops import rank_features
+from xaifast.ops.occlude import group_elements
 from xaifast.ops.perturb_rows import perturb_rows, perturb_rows_out
 from xaifast.ops.select import select_rows, select_rows_out
 from xaifast.ops.tokens import compact_rows, compact_rows_out
 from xaifast.reference import masking as reference
+from xaifast.reference import occlude as reference_occlude
 from xaifast.reference import perturb as reference_perturb
 from xaifast.reference import ranking as reference_ranking
 from xaifast.reference import tokens as reference_tokens
 
+occlude_linear = torch.ops.xaifast.occlude_linear.default
 Case = tuple[str, list[Tensor], list[Tensor]]  # name, results, what they must be
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,6 +93,29 @@ def rank_cases(device: str) -> Iterator[Case]:
         yield f"rank_features {dtype} {width}", [rank_features(values)], [expected]
 
 
+def occlude_cases(device: str) -> Iterator[Case]:
+    """Every step, elements and groups, shared and per input, widths about a block of units; and certificates."""
+    for dtype, width, groups in itertools.product((torch.float32, torch.float64), (1, 63, 130), (None, 1, 3)):
+        n_players, order, offsets = 9, None, None
+        x, columns, z = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((3, 9), (9, width), (3, width)))
+        if groups is not None:
+            ids = torch.randint(0, 4, (groups, 9), device=device)
+            ids[:, :4] = torch.arange(4, device=device)
+            n_players, order, offsets = group_elements(ids, x)
+        rows = torch.randperm(3 * n_players, device=device)[1:]
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+        for step in ("identity", "relu", "leaky_relu:0.1", "sigmoid", "tanh", "silu"):
+            arguments = (x, columns, rows, n_players, [z], [], [step], order, offsets, None, "full")
+            near = (occlude_linear(*arguments) - reference_occlude.occlude_linear(*arguments)).abs() < tolerance
+            yield f"occlude_linear {dtype} {step} width {width}, groups {groups}", [near], [torch.ones_like(near)]
+        if device == "cpu":
+            certifier = Certifier([z.double(), z.double()], [torch.eye(width).double()], ["relu", "relu"], dtype)
+            changes = reference_occlude.player_changes(x, columns * 1e-3, rows, n_players, order, offsets)
+            flags = certifier(x, columns * 1e-3, rows, n_players, order, offsets, 0)
+            kept = ((z[rows // n_players] > 0) == (z[rows // n_players] > changes)).all(1)
+            yield f"occlude_certify {dtype} width {width}, groups {groups}", [flags & ~kept], [torch.zeros_like(kept)]
+
+
 def equal(a: Tensor, b: Tensor) -> bool:
     """Equality that takes NaN for equal to NaN."""
     return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, nan=-7.0), torch.nan_to_num(b, nan=-7.0))
@@ -101,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     right = []
-    families = (select_cases, compact_cases, perturb_cases, rank_cases)
+    families = (select_cases, compact_cases, perturb_cases, rank_cases, occlude_cases)
     for name, results, expected in itertools.chain.from_iterable(family(device) for family in families):
         right.append(all(equal(a, b) for a, b in zip(results, expected, strict=True)))
         print(f"{'ok   ' if right[-1] else 'WRONG'} {name}")

@@ -54,7 +54,7 @@ def measure(variant, arch: int) -> Usage:
         constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
         attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps})
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -5,8 +5,8 @@
 namespace xaifast::XAIFAST_ISA {
 namespace {
 
-constexpr int64_t kParallelElements = int64_t{1} << 15;
-constexpr int64_t kBlock = 64;  // units between two looks at a verdict
+constexpr int64_t kParallelElements = int64_t{1} << 17;  // below, waking threads takes longer
+constexpr int64_t kBlock = 64;                           // units between two looks at a verdict
 
 template <typename T>
 struct Exponential {  // of an argument cut off where 2^n would leave the normal numbers
@@ -68,25 +68,35 @@ struct LeakyStep {
   T operator()(const T* base, int64_t, int64_t h, T d) const { return (1 - slope) * relu_step(base[h], d) + slope * d; }
 };
 
-// With s = sigmoid(z), q = 1 - s: sigmoid(z) - sigmoid(z - d) = s q (e^d - 1) / (s + q e^d), all of it free of
-// cancellation. tanh(z) = 2 sigmoid(2 z) - 1 has the same form.
+// sigmoid(z) - sigmoid(a) with a = z - d: sigmoid(z) sigmoid(-a) (1 - e^-d) for d > 0 and sigmoid(-z) sigmoid(a) (e^d -
+// 1) else, whose factors lie in [0, 1] and lose no digits where d is small. tanh(z) = 2 sigmoid(2 z) - 1.
+template <typename T>
+struct SigmoidChange {
+  T change, after;  // after = sigmoid(a)
+
+  SigmoidChange(T z, T s, T q, T d) {
+    const T a = z - d, t = Exponential<T>(a < 0 ? a : -a).power, tail = t / (1 + t), rest = 1 / (1 + t);
+    const T rise = Exponential<T>(d < 0 ? d : -d).minus_one;
+    const T falling = a < 0 ? rest : tail;  // sigmoid(-a)
+    after = a < 0 ? tail : rest;
+    change = (d > 0 ? -s * falling : q * after) * rise;
+  }
+};
+
 template <typename T>
 struct SigmoidStep {
   T scale;  // 1, or 2 for tanh
   T operator()(const T* base, int64_t width, int64_t h, T d) const {
-    const Exponential<T> e(scale * d);
-    const T s = base[width + h], q = base[2 * width + h];
-    return scale * (s * q * e.minus_one / (s + q * e.power));
+    return scale * SigmoidChange<T>(scale * base[h], base[width + h], base[2 * width + h], scale * d).change;
   }
 };
 
-// z sigmoid(z) - (z - d) sigmoid(z - d) = z (sigmoid(z) - sigmoid(z - d)) + d sigmoid(z - d).
+// z sigmoid(z) - a sigmoid(a) = z (sigmoid(z) - sigmoid(a)) + d sigmoid(a).
 template <typename T>
 struct SiluStep {
   T operator()(const T* base, int64_t width, int64_t h, T d) const {
-    const Exponential<T> e(d);
-    const T s = base[width + h], q = base[2 * width + h], left = s / (s + q * e.power);
-    return base[h] * (q * e.minus_one * left) + d * left;
+    const SigmoidChange<T> c(base[h], base[width + h], base[2 * width + h], d);
+    return base[h] * c.change + d * c.after;
   }
 };
 

@@ -17,7 +17,7 @@ from xaifast.ops.select import describe
 from xaifast.reference import occlude as reference
 
 PRECISIONS = ("full", "tf32", "bf16")
-_TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
+_TILE_BYTES = {"cpu": 2**23, "cuda": 2**28}
 _NATIVE_STEPS = {"identity": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
 _NAMES = (*_NATIVE_STEPS, "elu", "gelu", "gelu_tanh")
 
@@ -56,7 +56,7 @@ def occlude_linear(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or names do not fit.
 
-    Differentiable, by the reference. Cost: ``2 B M (H + H H2 + ..)`` flops beside tiles of 2 MiB (256 MiB on a GPU).
+    Differentiable, by the reference. Cost: ``2 B M (H + H H2 + ..)`` flops beside tiles of 8 MiB (256 MiB on a GPU).
 
     Source: XtrAIn (arXiv 2606.10877); the rank-one and delta form is derived, since the paper has N passes instead.
 
@@ -255,7 +255,7 @@ def _run_cpu(x, columns, rows, n_players, base, weights, activations, order, off
 def _run_cuda(x, columns, rows, n_players, base, weights, activations, order, offsets, readout, precision) -> Tensor:
     _check(x, columns, rows, n_players, base, weights, activations, order, offsets, readout, precision)
     launch = _launcher()
-    if launch is not None and launch.serves(x, base, weights, activations, order, readout):
+    if launch is not None and launch.serves(x, base, weights, activations, order, readout, precision):
         return launch.occlude_linear(x, columns, rows, base, weights, activations, readout, precision)
     steps = _TorchSteps(x, columns, rows, n_players, base, activations, order, offsets)
     return _by_tiles(steps, x, rows, n_players, base, weights, readout, precision)

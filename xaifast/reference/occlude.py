@@ -13,10 +13,13 @@ _WEIGHTS = (0.3478548451374538, 0.6521451548625461, 0.6521451548625461, 0.347854
 
 
 def _sigmoid_step(z: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(z) - sigmoid(z - d) = s q (e^d - 1) / (s + q e^d), s = sigmoid(z), q = sigmoid(-z); and sigmoid(z - d)."""
-    s, q, d = z.sigmoid(), (-z).sigmoid(), d.clamp(-80.0, 80.0)
-    left = s / (s + q * d.exp())
-    return q * d.expm1() * left, left
+    """sigmoid(z) - sigmoid(z - d), and sigmoid(z - d).
+
+    With a = z - d: sigmoid(z) sigmoid(-a) (1 - e^-d) for d > 0, sigmoid(-z) sigmoid(a) (e^d - 1) else: factors in
+    [0, 1].
+    """
+    a, rise = z - d, torch.expm1(-d.abs())
+    return torch.where(d > 0, -z.sigmoid() * (-a).sigmoid(), (-z).sigmoid() * a.sigmoid()) * rise, a.sigmoid()
 
 
 def _normal_step(z: Tensor, d: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
 }
-_MODULES: dict[type, Callable[[nn.Module], str]] = {
+_ACTIVATIONS: dict[type, Callable[[nn.Module], str]] = {
     nn.ReLU: lambda m: "relu",
     nn.LeakyReLU: lambda m: f"leaky_relu:{m.negative_slope}",
     nn.ELU: lambda m: f"elu:{m.alpha}",
@@ -47,7 +47,14 @@ _CALLS = {  # functions and methods without parameters
 }
 _RESHAPES = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
 _SHAPES = (getattr, operator.getitem, "size")
-_NOTHING = (nn.Identity, nn.Dropout, nn.AlphaDropout)  # dropout is off in evaluation
+_LINKS = {
+    nn.Linear: "linear",
+    nn.BatchNorm1d: "norm",
+    nn.Flatten: "reshape",
+    nn.Identity: "nothing",
+    nn.Dropout: "nothing",  # in evaluation
+    nn.AlphaDropout: "nothing",
+}
 
 
 def activation(name: str, z: Tensor) -> Tensor:
@@ -202,11 +209,10 @@ def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> Step:
     if node.op == "call_module":
         path = node.target.partition(".")[2]
         module = modules[path]
-        kinds = {nn.Linear: "linear", nn.BatchNorm1d: "norm", nn.Flatten: "reshape"} | dict.fromkeys(_NOTHING, "nothing")
-        if type(module) in _MODULES:
-            return Step("activation", name=_MODULES[type(module)](module))
-        if type(module) in kinds:
-            return Step(kinds[type(module)], path)
+        if type(module) in _ACTIVATIONS:
+            return Step("activation", name=_ACTIVATIONS[type(module)](module))
+        if type(module) in _LINKS:
+            return Step(_LINKS[type(module)], path)
     elif node.target in _RESHAPES:
         return Step("reshape")
     elif node.target in _CALLS:
@@ -237,7 +243,7 @@ def _agrees(chain: Chain, model: nn.Module, x: Tensor) -> bool:
     row = x[:1].double()
     try:
         with torch.no_grad():
-            expected = functional_call(model, state, (row,))
+            expected = functional_call(model, state, (row,), tie_weights=False)
             folded = chain.fold(state)
             return torch.allclose(forward(folded, row.flatten(1))[1], expected, rtol=1e-8, atol=1e-10)
     except Exception:  # a model that cannot run in float64, or whose shapes do not fit

@@ -60,9 +60,7 @@ class ChainEnd:
         """The same to first order, ``sum of x_i J delta_i`` over a player's elements: ``[B, M(, K)]``."""
         columns, jacobian = self._columns(delta), self._jacobian(target)
         per_sample = max(jacobian.shape[1] * self._x.shape[1], 1)
-        parts = [
-            self._linear_rows(self._x[part], columns, jacobian[part], part) for part in self._blocks(per_sample)
-        ]
+        parts = [self._linear_rows(self._x[part], columns, jacobian[part], part) for part in self._blocks(per_sample)]
         return self._shaped(torch.cat(parts), target)
 
     def _columns(self, delta: Tensor) -> Tensor:

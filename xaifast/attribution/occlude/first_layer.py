@@ -102,7 +102,7 @@ class Run:
             return self._outputs(args)
 
     def _outputs(self, args: Sequence[object]) -> Tensor:
-        out = functional_call(self.model, dict(self.state), tuple(args))
+        out = functional_call(self.model, dict(self.state), tuple(args), tie_weights=False)
         out = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if not isinstance(out, Tensor) or out.dim() not in (1, 2) or len(out) != len(args[0]):
             got = type(out).__name__ if not isinstance(out, Tensor) else tuple(out.shape)
@@ -125,7 +125,8 @@ def find_first_layer(model: nn.Module, args: Sequence[object], named: str | None
         if not isinstance(modules.get(path), SUPPORTED):
             what = type(modules[path]).__name__ if path in modules else "no module"
             raise ValueError(
-                f"{caller}: first_layer must name a {_NAMES} of the model, got {named!r}, {what}; see model.named_modules()"
+                f"{caller}: first_layer must name a {_NAMES} of the model, got {named!r}, "
+                f"{what}; see model.named_modules()"
             )
         return FirstLayer(path, modules[path])
     order: list[tuple[str, nn.Module]] = []
@@ -148,8 +149,8 @@ def find_first_layer(model: nn.Module, args: Sequence[object], named: str | None
             break
     found = f"{type(leaves[0][1]).__name__} ({leaves[0][0]})" if leaves else "no layer with parameters"
     raise ValueError(
-        f"{caller}: the first layer with parameters must be a {_NAMES}, got {found}; name the layer that reads the inputs "
-        "with first_layer=, or wrap the model"
+        f"{caller}: the first layer with parameters must be a {_NAMES}, got {found}; name the layer that reads the "
+        "inputs with first_layer=, or wrap the model"
     )
 
 
@@ -169,7 +170,7 @@ def check_places(run: Run, u: Tensor, x: Tensor, args: Sequence[object]) -> None
         if x.is_floating_point() and bool(same.all()):
             return
     raise ValueError(
-        f"{run.caller}: the first layer's input must be the model's input element by element, but {run.layer.path} reads "
-        f"{tuple(u.shape)} for inputs {tuple(x.shape)}; name another with first_layer=, or pass its input to a model "
-        "without what comes before"
+        f"{run.caller}: the first layer's input must be the model's input element by element, but {run.layer.path} "
+        f"reads {tuple(u.shape)} for inputs {tuple(x.shape)}; name another with first_layer=, or pass its input to "
+        "a model without what comes before"
     )

@@ -38,7 +38,8 @@ class Occluder:
         inputs: ``[B, ...]``, or token ids ``[B, T]``.
         feature_mask: Player ids; None: each element is a player.
         first_layer: Path of the first layer, where it is not found.
-        precision: "float32" (base activations of chains in float64), "float64", "tf32" or "bf16" (chains alone).
+        precision: "float32" (base activations of chains in float64), "float64", "tf32" or "bf16" (chains alone); None:
+            float64 where the model or the inputs are, else float32.
         certified: Whether chains of piecewise linear activations may take the linear way where it is exact.
         additional_forward_args: Passed on after the inputs.
         batch_size: Rows a model call, for networks that are no chain.
@@ -56,7 +57,7 @@ class Occluder:
         *,
         feature_mask: Tensor | None = None,
         first_layer: str | None = None,
-        precision: str = "float32",
+        precision: str | None = None,
         certified: bool = True,
         additional_forward_args: object = None,
         batch_size: int | str = "auto",
@@ -67,6 +68,9 @@ class Occluder:
             raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
         if not isinstance(inputs, Tensor):
             raise TypeError(f"{caller}: inputs must be one tensor [B, ...], got {type(inputs).__name__}")
+        if precision is None:
+            wide = torch.float64 in (inputs.dtype, *(p.dtype for p in model.parameters()))
+            precision = "float64" if wide else "float32"
         if precision not in PRECISIONS:
             raise ValueError(f"{caller}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
@@ -101,8 +105,8 @@ class Occluder:
         self.weight_name = self._layer.weight_name
         if self.weight_name not in self._shapes:
             raise ValueError(
-                f"{caller}: the first layer {self._layer.path} must have a plain parameter weight, but the state dict has "
-                f"no {self.weight_name}; remove its parametrization"
+                f"{caller}: the first layer {self._layer.path} must have a plain parameter weight, but the state dict "
+                f"has no {self.weight_name}; remove its parametrization"
             )
 
     def at(self, state: Mapping[str, Tensor]) -> ChainEnd | LayerEnd:
@@ -169,5 +173,5 @@ def resolve_target(target: int | str | Tensor | None, logits: Tensor, caller: st
             f"{tuple(given.shape)}"
         )
     if bool((given < 0).any()) or bool((given >= n_outputs).any()):
-        raise ValueError(f"{caller}: target must be in 0..{n_outputs - 1}, got {target}; the model has {n_outputs} outputs")
+        raise ValueError(f"{caller}: target must be in 0..{n_outputs - 1}, got {target}; there are {n_outputs} outputs")
     return given.long().expand(batch).contiguous()

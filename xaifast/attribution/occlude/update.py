@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from .occluder import Occluder, resolve_target
@@ -29,7 +28,7 @@ def occlude_update(
     direction: str = "symmetric",
     first_layer: str | None = None,
     mode: str = "exact",
-    precision: str = "float32",
+    precision: str | None = None,
     certified: bool = True,
     verify: bool = False,
     additional_forward_args: object = None,
@@ -59,9 +58,10 @@ def occlude_update(
         feature_mask: Player ids, see `xaifast.grid_mask`; None makes every element a player.
         direction: ``"symmetric"``, ``"forward"`` or ``"reverse"``.
         first_layer: Path of the first layer, where it is not found.
-        mode: ``"exact"``, or ``"linear"``: first order at the states that the direction reads, a gradient and a product.
-        precision: ``"float32"``; ``"float64"``; ``"tf32"`` or ``"bf16"``: operands of a chain's products rounded so,
-            on a CPU for checking alone.
+        mode: ``"exact"``, or ``"linear"``: first order at the states that the direction reads, by gradients.
+        precision: ``"float32"`` (activations of clean inputs in float64); ``"float64"``; ``"tf32"`` or ``"bf16"``:
+            operands of a chain's products rounded so, on a CPU for checking alone. None: float64 where the model or the
+            inputs are, else float32.
         certified: Where no unit of a ReLU chain changes its sign, use the Jacobian; results stay exact.
         verify: Evaluate up to 32 rows of each half a second time, in float64 by running the network, and log the error.
         additional_forward_args: Passed on after the inputs; tensors with leading B go with their input.
@@ -69,16 +69,17 @@ def occlude_update(
         allow_training_mode: Allow active dropout and batch statistics.
 
     Returns:
-        ``[B, M]``, or ``[B, M, K]`` for target None; float32, float64 for that precision. Errors relative to the largest
-        values: for chains about 1e-6, tf32 5e-4, bf16 5e-3, whatever the size of the update. Other networks subtract
-        outputs in float64, with an error of about 1e-6 of the outputs; use ``precision="float64"`` for small updates.
+        ``[B, M]``, or ``[B, M, K]`` for target None; float32, float64 for that precision. Errors relative to the
+        largest values: for chains about 1e-6, tf32 5e-4, bf16 5e-3, whatever the size of the update. Other networks
+        subtract outputs in float64, with an error of about 1e-6 of the outputs; use ``precision="float64"`` for small
+        updates.
 
     Raises:
         TypeError, ValueError: what must hold, what was given, what to do.
         RuntimeError: ``verify`` found a larger error than the precision allows.
 
     Cost: for each state, clean inputs once in float64; then ``2 B M`` rows of the layers behind the first, of which
-    zero inputs and certified rows are spared, in tiles of 4 MiB.
+    zero inputs and certified rows are spared, in tiles of 8 MiB.
 
     Source: XtrAIn, arXiv 2606.10877; its equations were not available, these are derived from its properties.
 
@@ -146,6 +147,6 @@ def _verify(
     logger.info("%s: relative error %.1e in %d rows against float64", _CALLER, relative, len(rows))
     if not relative <= _BOUNDS[occluder.precision]:
         raise RuntimeError(
-            f"{_CALLER}: the error in {len(rows)} rows against float64 must be at most {_BOUNDS[occluder.precision]:.0e} "
-            f'of the largest change, got {relative:.1e}; use precision="float64"'
+            f"{_CALLER}: the error in {len(rows)} rows against float64 must be at most "
+            f'{_BOUNDS[occluder.precision]:.0e} of the largest change, got {relative:.1e}; use precision="float64"'
         )
